@@ -1,0 +1,1 @@
+"""onnxpress: PyTorch Transformers to verified ONNX artifacts, and a small runtime."""
