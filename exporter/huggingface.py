@@ -1,0 +1,347 @@
+"""Sources in Hugging Face's form: a directory (safetensors, GGUF) or a hub id.
+
+The architectures of models/ are captured from models/: their graphs are smaller, and neither
+loading nor exporting them needs transformers. Every other one is built by transformers and
+captured from a thin wrapper that takes and returns what the task needs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import models
+from ..artifact import sha256
+from ..errors import MissingPackage, SourceError
+from ..models import checkpoint
+from . import settings as task_settings
+from .capture import quiet
+from .source import Source, clone
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+_TOKEN_DIMS = ("batch", "sequence")
+_DIMS: dict[str, tuple[str | None, ...]] = {
+    "input_ids": _TOKEN_DIMS,
+    "attention_mask": _TOKEN_DIMS,
+    "token_type_ids": _TOKEN_DIMS,
+    "position_ids": _TOKEN_DIMS,
+    "decoder_input_ids": ("batch", "decoder_sequence"),
+    "pixel_values": ("batch",),
+}
+
+
+def looks_like_hub_id(spec: str) -> bool:
+    """Whether `spec` has the form owner/name."""
+    return bool(_HUB_ID.fullmatch(spec))
+
+
+def download(spec: str) -> Path:
+    """The local copy of a hub's model, fetched if need be.
+
+    Raises:
+        SourceError: It cannot be fetched.
+        MissingPackage: huggingface_hub is not installed.
+    """
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise MissingPackage(
+            f"{spec} is no directory here, and fetching it from the hub needs huggingface_hub",
+            hint="pip install 'onnxpress[hf]'",
+        )
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.gguf"]
+    try:
+        return Path(snapshot_download(spec, allow_patterns=wanted))
+    except Exception as e:  # the hub's client raises its own, requests' and OS errors alike
+        raise SourceError(
+            f"there is no directory {spec!r}, and the hub did not give it: {type(e).__name__}",
+            hint="name a local directory, or check the id and the network",
+        ) from e
+
+
+def build(spec: str, path: Path, task: str | None, *, trust_pickle: bool = False) -> Source:
+    """Read a model's directory (or one .gguf file) and build the module for its task.
+
+    Raises:
+        SourceError: No config or weights, or an architecture that cannot do the task.
+        MissingPackage: The architecture needs transformers.
+    """
+    config = checkpoint.read_config(path)
+    task = task or task_settings.find_task(path, config)
+    weights = checkpoint.weight_files(path)
+    notes = []
+    if models.handles(config) and task in models.tasks(config):
+        module, example, _ = models.from_checkpoint(path, task=task, trust_pickle=trust_pickle)
+        notes.append(f"captured from models/ ({config['model_type']})")
+    else:
+        module, example = _from_transformers(path, config, task, trust_pickle=trust_pickle)
+        notes.append(f"captured from transformers ({type(module).__name__})")
+    source = Source(
+        spec=spec,
+        kind="huggingface",
+        task=task,
+        module=module.eval(),
+        kwargs=clone(example),
+        weights_sha256=sha256(*weights),
+        notes=notes,
+    )
+    _name_dims(source)
+    source.highs = _highs(config, example)
+    limit = task_settings.position_limit(config)
+    if limit:
+        source.limits = dict.fromkeys(("sequence", "past_sequence", "decoder_sequence"), limit)
+    source.files["config.json"] = _json(config)
+    if task != "tensors":
+        source.files["tokenizer.json"] = _tokenizer(path, source)
+    source.settings = task_settings.settings(task, path, config)
+    if task == "generate":
+        source.kv = _kv(example)
+    return source
+
+
+def _from_transformers(
+    path: Path, config: dict[str, Any], task: str, *, trust_pickle: bool
+) -> tuple[nn.Module, dict[str, Any]]:
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingPackage(
+            f"a {config.get('model_type')} model for {task} is built by transformers",
+            hint="pip install 'onnxpress[hf]'",
+        )
+    import transformers
+
+    names = [p.name for p in checkpoint.weight_files(path)]
+    if not trust_pickle and any(n.endswith((".bin", ".pt", ".pth")) for n in names):
+        raise SourceError(
+            "the weights are pickled, and a pickle can run code of whoever wrote it",
+            where=str(path),
+            hint="convert them to safetensors, or add --trust-pickle if you trust their author",
+        )
+    architecture = next(iter(config.get("architectures") or []), "")
+    auto = {
+        "embed": "AutoModelForTextEncoding" if config.get("is_encoder_decoder") else "AutoModel",
+        "classify": "AutoModelForSequenceClassification",
+        "answer": "AutoModelForQuestionAnswering",
+        "generate": "AutoModelForCausalLM",
+        "translate": "AutoModelForSeq2SeqLM",
+        "tensors": architecture if hasattr(transformers, architecture) else "AutoModel",
+    }[task]
+    options: dict[str, Any] = {"dtype": torch.float32}
+    where = str(path)
+    if path.suffix == ".gguf":
+        where, options["gguf_file"] = str(path.parent), path.name
+    with quiet():
+        try:
+            loaded = getattr(transformers, auto).from_pretrained(where, **options)
+        except Exception as e:  # transformers raises every kind for what it cannot read
+            raise SourceError(
+                f"transformers cannot load it as {auto}: {str(e).splitlines()[0]}", where=where
+            ) from e
+    return _wrap(loaded.eval(), task)
+
+
+def _wrap(model: Any, task: str) -> tuple[nn.Module, dict[str, Any]]:
+    config = model.config
+    if task == "tensors" and "pixel_values" in _parameters(model):
+        size = config.image_size
+        shape = (size, size) if isinstance(size, int) else tuple(size)
+        return Pixels(model), {"pixel_values": torch.randn(2, config.num_channels, *shape)}
+    vocab = config.get_text_config().vocab_size
+    ids = torch.randint(0, vocab, (2, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    example: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if task == "generate":
+        module = CausalLM(model)
+        past = module.example_past(batch=2, length=3)
+        example["attention_mask"] = torch.cat([torch.ones(2, 3, dtype=torch.int64), mask], dim=1)
+        example["position_ids"] = torch.arange(3, 10).repeat(2, 1)
+        return module, {**example, "past_key_values": past}
+    if task == "translate":
+        return SeqToSeq(model), {**example, "decoder_input_ids": ids[:, :4].clone()}
+    if "token_type_ids" in _parameters(model) and getattr(config, "type_vocab_size", 0) > 1:
+        example["token_type_ids"] = torch.zeros_like(ids)
+    return Text(model, task), example
+
+
+def _parameters(model: nn.Module) -> set[str]:
+    import inspect
+
+    return set(inspect.signature(model.forward).parameters)
+
+
+class Text(nn.Module):
+    """An encoder: token ids in; hidden states, class logits or answer spans out."""
+
+    outputs = {
+        "embed": ("last_hidden_state",),
+        "tensors": ("last_hidden_state",),
+        "classify": ("logits",),
+        "answer": ("start_logits", "end_logits"),
+    }
+
+    def __init__(self, model: nn.Module, task: str) -> None:
+        super().__init__()
+        self.model, self.names = model, self.outputs[task]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """(B, S) ids to the task's outputs."""
+        extra = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, **extra)
+        return {name: output[name] for name in self.names}
+
+
+class Pixels(nn.Module):
+    """A vision model: pixels in; hidden states or class logits out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(B, C, H, W) pixels to the first output of the model."""
+        output = self.model(pixel_values=pixel_values)
+        name = "logits" if "logits" in output else "last_hidden_state"
+        return {name: output[name]}
+
+
+class SeqToSeq(nn.Module):
+    """An encoder-decoder: logits of every decoder position, without a cache."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        decoder_input_ids: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """(B, S) and (B, T) ids to (B, T, vocabulary) logits."""
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            use_cache=False,
+        )
+        return {"logits": output.logits}
+
+
+class CausalLM(nn.Module):
+    """A decoder with its cache as plain tensors: torch.onnx.export cannot take a DynamicCache."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def example_past(self, *, batch: int, length: int) -> list[dict[str, torch.Tensor]]:
+        """A random cache of the model's own layout, found by running it."""
+        with torch.no_grad(), quiet():
+            cache = self.model(input_ids=torch.zeros(1, 2, dtype=torch.int64)).past_key_values
+        rng = torch.Generator().manual_seed(1)
+
+        def like(t: torch.Tensor) -> torch.Tensor:
+            return torch.randn(batch, t.shape[1], length, t.shape[3], generator=rng)
+
+        return [{"key": like(x.keys), "value": like(x.values)} for x in cache.layers]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past_key_values: list[dict[str, torch.Tensor]],
+    ) -> dict[str, Any]:
+        """(B, S) ids after a cache of P tokens to (B, S, vocabulary) logits and the longer cache."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for i, layer in enumerate(past_key_values):
+            cache.update(layer["key"], layer["value"], i)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        present = [{"key": x.keys, "value": x.values} for x in cache.layers]
+        return {"logits": output.logits, "present": present}
+
+
+def _name_dims(source: Source) -> None:
+    from .names import flatten_inputs
+
+    for name, _ in flatten_inputs(source):
+        if name.startswith("past_key_values."):
+            source.dims[name] = ("batch", None, "past_sequence", None)
+        elif name == "attention_mask" and "past_key_values" in source.kwargs:
+            source.dims[name] = ("batch", "total_sequence")
+        elif name in _DIMS:
+            source.dims[name] = _DIMS[name]
+
+
+def _highs(config: dict[str, Any], example: dict[str, Any]) -> dict[str, int]:
+    text = {**config, **(config.get("text_config") or {})}
+    vocab = int(text.get("vocab_size") or 0)
+    highs = {n: vocab for n in ("input_ids", "decoder_input_ids") if n in example and vocab}
+    if "token_type_ids" in example:
+        highs["token_type_ids"] = int(config.get("type_vocab_size") or 1)
+    return highs
+
+
+def _kv(example: dict[str, Any]) -> dict[str, Any]:
+    past = example["past_key_values"]
+    _, heads, _, head_dim = past[0]["key"].shape
+    return {
+        "layers": len(past),
+        "kv_heads": heads,
+        "head_dim": head_dim,
+        "dtype": "float32",
+        "past": "past_key_values.{layer}.{part}",
+        "present": "present.{layer}.{part}",
+    }
+
+
+def _tokenizer(path: Path, source: Source) -> bytes:
+    """The text of tokenizer.json: the model's own, or converted by transformers."""
+    own = path / "tokenizer.json"
+    if own.is_file():
+        return own.read_bytes()
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingPackage(
+            "the model has no tokenizer.json; transformers can make one of what it has",
+            where=str(path),
+            hint="pip install 'onnxpress[hf]'",
+        )
+    from transformers import AutoTokenizer
+
+    gguf = [p for p in checkpoint.weight_files(path) if p.suffix == ".gguf"]
+    options = {"gguf_file": gguf[0].name} if gguf else {}
+    where = gguf[0].parent if gguf else path
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(where), **options)
+            return str(tokenizer.backend_tokenizer.to_str()).encode()
+        except Exception as e:  # transformers raises every kind for what it cannot read
+            raise SourceError(
+                f"the model's tokenizer cannot be read: {str(e).splitlines()[0]}",
+                where=str(path),
+                hint="add its tokenizer files, or export with --task tensors",
+            ) from e
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
