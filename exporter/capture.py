@@ -64,7 +64,7 @@ def capture(source: Source) -> Capture:
         program, fixed = _export(source)
         for axis, size in fixed:
             notes.append(
-                f"axis {axis.index} of {axis.input} is fixed at {size} in the graph, although "
+                f"axis {axis.at} of {axis.input} is fixed at {size} in the graph, although "
                 "PyTorch takes other sizes: torch.export specialized it"
             )
     model = program.model
@@ -164,7 +164,7 @@ def _explain(error: Exception) -> ExportError:
 def _check_counts(model: ir.Model, inputs: list[str], outputs: list[str], source: Source) -> None:
     if len(model.graph.inputs) != len(inputs):
         raise ExportError(
-            f"the graph has {len(model.graph.inputs)} inputs, the example has {len(inputs)} tensors",
+            f"the graph has {len(model.graph.inputs)} inputs, not {len(inputs)} as the example",
             where=source.spec,
         )
     if len(model.graph.outputs) != len(outputs):

@@ -26,7 +26,7 @@ class Axis(NamedTuple):
     """One axis of one input, by the input's dotted name."""
 
     input: str
-    index: int
+    at: int
 
 
 def widen(source: Source) -> list[str]:
@@ -40,7 +40,7 @@ def widen(source: Source) -> list[str]:
         for group in _small_axes(source, size):
             if not _grow_if_it_runs(source, group):
                 continue
-            axes = ", ".join(f"{a.input}[{a.index}]" for a in group)
+            axes = ", ".join(f"{a.input}[{a.at}]" for a in group)
             notes.append(f"{axes}: of size {size} in the example, taken to vary")
     return notes
 
@@ -56,8 +56,8 @@ def _small_axes(source: Source, size: int) -> Iterator[list[Axis]]:
             if n == size
         ]
 
-    for position in sorted({a.index for a in small()}):
-        group = [a for a in small() if a.index == position]
+    for position in sorted({a.at for a in small()}):
+        group = [a for a in small() if a.at == position]
         yield group
         if len(group) > 1:
             yield from ([a] for a in group if a in small())
@@ -85,7 +85,7 @@ def _grow_if_it_runs(source: Source, group: Iterable[Axis]) -> bool:
 
 def _sizes(source: Source, group: list[Axis]) -> set[int]:
     tensors = dict(flatten_inputs(source))
-    return {tensors[a.input].shape[a.index] for a in group}
+    return {tensors[a.input].shape[a.at] for a in group}
 
 
 def _grown(source: Source, group: Iterable[Axis], by: int) -> tuple[tuple[Any, ...], Any]:
@@ -94,14 +94,14 @@ def _grown(source: Source, group: Iterable[Axis], by: int) -> tuple[tuple[Any, .
     ids = {id(t): name for name, t in tensors.items()}
     for axis in group:
         t = tensors[axis.input]
-        have = t.shape[axis.index]
+        have = t.shape[axis.at]
         if have:
-            more = t.narrow(axis.index, have - 1, 1).repeat_interleave(by, dim=axis.index)
+            more = t.narrow(axis.at, have - 1, 1).repeat_interleave(by, dim=axis.at)
         else:
             shape = list(t.shape)
-            shape[axis.index] = by
+            shape[axis.at] = by
             more = torch.zeros(shape, dtype=t.dtype)
-        tensors[axis.input] = torch.cat([t, more], dim=axis.index)
+        tensors[axis.input] = torch.cat([t, more], dim=axis.at)
 
     def swap(leaf: Any) -> Any:
         return tensors[ids[id(leaf)]] if id(leaf) in ids else leaf
@@ -253,7 +253,7 @@ def fix_output_shapes(model: ir.Model, source: Source) -> None:
         ]
         args, kwargs = _grown(source, axes, 3)
         grown = dict(flatten_inputs(source, args, kwargs))
-        size = grown[axes[0].input].shape[axes[0].index]
+        size = grown[axes[0].input].shape[axes[0].at]
         leaves = [t for t in pytree.tree_leaves(source.module(*args, **kwargs)) if t is not None]
         for value, t in zip(model.graph.outputs, leaves, strict=True):
             dims = list(value.shape or ())

@@ -67,7 +67,8 @@ def _load_file(path: Path) -> ModuleType:
         raise SourceError("there is no such file", where=str(path))
     name = f"_onnxpress_source_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # Registered before it runs, so that its dataclasses and pickles can find their module; the
     # folder joins the path, so that it can import its neighbors as when run with `python file.py`.

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -77,7 +77,8 @@ def build(spec: str, path: Path, task: str | None, *, trust_pickle: bool = False
     task = task or task_settings.find_task(path, config)
     weights = checkpoint.weight_files(path)
     notes = []
-    if models.handles(config) and task in models.tasks(config):
+    _, own_tasks = models.MODEL_TYPES.get(str(config.get("model_type")), ("", ()))
+    if task in own_tasks:
         module, example, _ = models.from_checkpoint(path, task=task, trust_pickle=trust_pickle)
         notes.append(f"captured from models/ ({config['model_type']})")
     else:
@@ -179,7 +180,7 @@ def _parameters(model: nn.Module) -> set[str]:
 class Text(nn.Module):
     """An encoder: token ids in; hidden states, class logits or answer spans out."""
 
-    outputs = {
+    outputs: ClassVar[dict[str, tuple[str, ...]]] = {
         "embed": ("last_hidden_state",),
         "tensors": ("last_hidden_state",),
         "classify": ("logits",),
@@ -264,7 +265,7 @@ class CausalLM(nn.Module):
         position_ids: torch.Tensor,
         past_key_values: list[dict[str, torch.Tensor]],
     ) -> dict[str, Any]:
-        """(B, S) ids after a cache of P tokens to (B, S, vocabulary) logits and the longer cache."""
+        """(B, S) ids after P cached tokens to (B, S, vocabulary) logits and the longer cache."""
         from transformers import DynamicCache
 
         cache = DynamicCache()
@@ -277,7 +278,8 @@ class CausalLM(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        present = [{"key": x.keys, "value": x.values} for x in cache.layers]
+        layers: list[Any] = cache.layers
+        present = [{"key": x.keys, "value": x.values} for x in layers]
         return {"logits": output.logits, "present": present}
 
 
@@ -296,7 +298,9 @@ def _name_dims(source: Source) -> None:
 def _highs(config: dict[str, Any], example: dict[str, Any]) -> dict[str, int]:
     text = {**config, **(config.get("text_config") or {})}
     vocab = int(text.get("vocab_size") or 0)
-    highs = {n: vocab for n in ("input_ids", "decoder_input_ids") if n in example and vocab}
+    highs: dict[str, int] = {
+        n: vocab for n in ("input_ids", "decoder_input_ids") if n in example and vocab
+    }
     if "token_type_ids" in example:
         highs["token_type_ids"] = int(config.get("type_vocab_size") or 1)
     return highs

@@ -106,7 +106,7 @@ def resolve(spec: str, *, task: str | None = None, trust_pickle: bool = False) -
 def _named(spec: str, task: str | None) -> Source:
     if task not in (None, "tensors"):
         raise SourceError(
-            f"{spec} of models/ has random weights and no tokenizer: it can only be a tensors model",
+            f"{spec} of models/ has random weights and no tokenizer: its task is tensors",
             hint="leave --task out",
         )
     module, example = models.example(spec)
@@ -200,7 +200,7 @@ def state_sha256(module: torch.nn.Module) -> str:
             continue
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
         flat = t.detach().cpu().contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,0 +1,155 @@
+"""export, press, verify, bench: from a source to an artifact, and its proof."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import click
+
+from .. import press as road
+from ..artifact import Manifest
+from ..errors import UsageError
+from . import show
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+TASKS = ("embed", "classify", "answer", "generate", "translate", "tensors")
+
+
+class Sizes(click.ParamType):
+    """Positive integers, separated by commas."""
+
+    name = "n,n,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
+        """'1,8' to [1, 8]."""
+        if isinstance(value, list):
+            return value
+        try:
+            sizes = [int(part) for part in str(value).split(",")]
+        except ValueError:
+            sizes = [0]
+        if min(sizes) < 1:
+            self.fail(f"{value!r} is no list of positive sizes, as in 1,8", param, ctx)
+        return sizes
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_pickle = click.option(
+    "--trust-pickle", is_flag=True, help="Read pickled weights; they can run code of their author."
+)
+_source = click.option("--source", metavar="SOURCE", help="Where the source lies now.")
+
+
+def _common(command: Command) -> Command:
+    """The options that export and press share."""
+    for option in (
+        _json,
+        _pickle,
+        click.option(
+            "--allow-drift",
+            is_flag=True,
+            help="Publish even where the check against PyTorch fails; the manifest says so.",
+        ),
+        click.option("--force", is_flag=True, help="Replace the artifact that is there."),
+        click.option(
+            "--task", type=click.Choice(TASKS), help="What it is for; found from the source."
+        ),
+        click.option(
+            "-o", "--output", "out", metavar="DIR", required=True, help="The artifact to write."
+        ),
+        click.argument("source", metavar="SOURCE"),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@_common
+def export(source: str, out: str, as_json: bool, **options: Any) -> None:
+    """Export SOURCE to a portable graph, checked against PyTorch."""
+    manifest = road.export(source, out, progress=show.progress(), **options)
+    _published(manifest, out, as_json)
+
+
+@click.command()
+@_common
+@click.option("--target", default="cpu", show_default=True, help="What to optimize for.")
+@click.option("--no-measure", "measure", is_flag=True, flag_value=False, default=True,
+              help="Do not time it against PyTorch.")  # fmt: skip
+def press(source: str, out: str, as_json: bool, **options: Any) -> None:
+    """Export SOURCE, optimize it for a target, check it, measure it."""
+    manifest = road.press(source, out, progress=show.progress(), **options)
+    _published(manifest, out, as_json)
+
+
+def _published(manifest: Manifest, out: str, as_json: bool) -> None:
+    show.done()
+    if as_json:
+        show.json_line({"directory": out, **asdict(manifest)})
+        return
+    for note in manifest.source["notes"]:
+        click.echo(f"note: {note}")
+    parity = manifest.parity or {}
+    worst = max(parity["max_abs"].values(), key=float)
+    click.echo(
+        f"{out}: {manifest.task}, {sum(manifest.ops.values())} nodes, "
+        f"{len(parity['points'])} points against {parity['reference']}, "
+        f"max |difference| {worst}"
+    )
+    if parity["allowed_drift"]:
+        click.secho(f"drift was allowed: {parity['worst']}", fg="yellow")
+
+
+@click.command()
+@click.argument("directory", metavar="DIR")
+@_source
+@_pickle
+@_json
+def verify(directory: str, source: str | None, trust_pickle: bool, as_json: bool) -> None:
+    """Check DIR again: files, signature, and PyTorch where the source is at hand."""
+    found = road.verify(
+        directory, source=source, trust_pickle=trust_pickle, progress=show.progress(as_json)
+    )
+    show.done()
+    if as_json:
+        show.json_line([asdict(f) for f in found])
+        return
+    words = {True: "ok", False: "drift", None: "not made"}
+    show.table([(f.check, words[f.passed], f.detail) for f in found], ("check", "", "detail"))
+
+
+@click.command()
+@click.argument("directory", metavar="DIR")
+@click.option("--against", type=click.Choice(["torch"]), help="Time this beside it.")
+@_source
+@click.option("--batch", type=Sizes(), default="1,8", show_default=True, help="Batch sizes.")
+@click.option("--length", type=Sizes(), default="16,128", show_default=True, help="Lengths.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of each contestant.")
+@click.option("--rounds", type=click.IntRange(9), default=9, show_default=True)
+@_pickle
+@_json
+def bench(directory: str, as_json: bool, **options: Any) -> None:
+    """Time DIR; the last line is JSON."""
+    result = road.bench(directory, progress=show.progress(as_json), **options)
+    rows = result["rows"]
+    if not rows:
+        raise UsageError("there is nothing to time")
+    if not as_json:
+        dims = [k for k in rows[0] if k not in ("ms", "speedup")]
+        names = list(rows[0]["ms"])
+        extra = ["speedup"] if "speedup" in rows[0] else []
+        header = [*dims, *(f"{n} ms" for n in names), *extra]
+        show.table(
+            [
+                [*(r[d] for d in dims), *(r["ms"][n] for n in names), *(r[e] for e in extra)]
+                for r in rows
+            ],
+            header,
+        )
+    show.json_line(result)
+
+
+COMMANDS = (export, press, verify, bench)

@@ -1,0 +1,119 @@
+"""Texts and feeds from arguments, JSON lines, .npz files and standard input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..artifact import TensorSpec
+from ..errors import InputError, UsageError
+
+
+def records(arguments: Sequence[str], file: str | None) -> list[Any]:
+    """Every record to run: an argument, a line of text, or a line of JSON.
+
+    A line that begins with { or " is JSON: an object, or a string. Every other line is text.
+
+    Raises:
+        InputError: Not UTF-8, or a line that is no JSON; `where` is file and line.
+        UsageError: Nothing was given, or two things were.
+    """
+    if arguments == ("-",):
+        arguments, file = (), "-"
+    if arguments and file:
+        raise UsageError("give texts or --input, not both")
+    if not arguments and not file:
+        raise UsageError(
+            "there is nothing to run",
+            hint='give texts ("one" "two"), --input FILE.jsonl, or - for standard input',
+        )
+    if not file:
+        return list(arguments)
+    name = "standard input" if file == "-" else file
+    found = list(_lines(_read(file, name), name))
+    if not found:
+        raise InputError("the input is empty", where=name)
+    return found
+
+
+def _read(file: str, name: str) -> str:
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as e:
+        raise InputError(f"the input cannot be read: {e.strerror}", where=name) from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = data[: e.start].count(b"\n") + 1
+        raise InputError(
+            f"the input is not UTF-8: byte 0x{data[e.start]:02x} at offset {e.start}",
+            where=f"{name}:{line}",
+            hint="convert it: iconv -f LATIN1 -t UTF-8",
+        ) from None
+
+
+def _lines(text: str, name: str) -> Iterator[Any]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        if line.lstrip()[0] not in '{"':
+            yield line
+            continue
+        try:
+            yield json.loads(line)
+        except ValueError as e:
+            raise InputError(f"the line is no JSON: {e}", where=f"{name}:{number}") from None
+
+
+def texts(found: Sequence[Any]) -> list[str]:
+    """Each record's text: the record itself, or its field "text".
+
+    Raises:
+        InputError: A record without text.
+    """
+    out = [r.get("text") if isinstance(r, dict) else r for r in found]
+    for i, text in enumerate(out):
+        if not isinstance(text, str):
+            raise InputError(
+                f'record {i + 1} has no text: {json.dumps(found[i])[:80]}', hint='{"text": "..."}'
+            )
+    return out
+
+
+def feeds(found: Sequence[Any], inputs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
+    """Each record's arrays: an object of nested lists by input name.
+
+    Raises:
+        InputError: A record that is no object, or holds no numbers.
+    """
+    dtypes = {spec.name: spec.dtype for spec in inputs}
+    out = []
+    for i, record in enumerate(found):
+        if not isinstance(record, dict):
+            raise InputError(
+                f"record {i + 1} is no object of arrays by input name",
+                hint="the inputs are " + "; ".join(map(str, inputs)),
+            )
+        try:
+            out.append({k: np.asarray(v, dtype=dtypes.get(k)) for k, v in record.items()})
+        except (ValueError, TypeError) as e:
+            raise InputError(f"record {i + 1} holds something besides numbers: {e}") from None
+    return out
+
+
+def npz(file: str) -> dict[str, Any]:
+    """The arrays of an .npz file by name.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as data:
+            return {k: data[k] for k in data.files}
+    except (OSError, ValueError) as e:
+        raise InputError(f"the file cannot be read: {e}", where=file) from None

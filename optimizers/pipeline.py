@@ -1,0 +1,162 @@
+"""The passes, in order, and the one loop that runs them."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from ..errors import UsageError
+from .counts import count_changes, count_ops
+from .expand_attention_mask import ExpandAttentionMask
+from .fold_constants import FoldConstants
+from .infer_shapes import InferShapes
+from .remove_no_ops import RemoveNoOps
+from .target import Target
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did.
+
+    Attributes:
+        index: Its place in the list, from 0; passes that were skipped keep theirs.
+        name: Its name, as `until` and `skip` take it.
+        changed: Whether it changed the graph in any way, names and shapes included.
+        seconds: How long it took.
+        ops: The ops that came (above 0) or went (below 0).
+        notes: What it declined, where and why.
+    """
+
+    index: int
+    name: str
+    changed: bool
+    seconds: float
+    ops: dict[str, int]
+    notes: tuple[str, ...] = ()
+
+
+Observer = Callable[[Step, ir.passes.PassBase, ir.Model], None]
+"""Called after every pass; it watches, and must leave the model as it is."""
+
+
+def passes(target: Target) -> list[ir.passes.PassBase]:
+    """The passes for `target`, in the order in which they run."""
+    return [
+        common.InlinePass(),  # first: passes match nodes, not calls of functions
+        FoldConstants(),  # exporters leave shape arithmetic; less for all that follow
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),  # one form
+        common.DeduplicateInitializersPass(),  # before CSE, which compares inputs by identity
+        common.CommonSubexpressionEliminationPass(),  # layers that build one mask come to share it
+        InferShapes(),  # no-ops and masks are proved by shapes
+        RemoveNoOps(),  # after CSE: equal shapes are one value by now
+        *(
+            [] if target.broadcasts_attention_mask else [ExpandAttentionMask()]
+        ),  # needs shared masks
+        common.RemoveUnusedNodesPass(),  # after the last rewrite: each leaves nodes behind
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+        common.RemoveUnusedOpsetsPass(),
+        common.ClearMetadataAndDocStringPass(),  # an exporter's stack traces hold paths
+        InferShapes(),  # last: rewrites leave new values untyped, and readers need the types
+    ]
+
+
+def pass_name(p: ir.passes.PassBase) -> str:
+    """`FoldConstants` is `fold_constants`; a library's `InlinePass` is `inline`."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(p).__name__.removesuffix("Pass")).lower()
+
+
+def optimize(
+    model: ir.Model,
+    target: Target,
+    *,
+    observers: Iterable[Observer] = (),
+    until: str | None = None,
+    skip: Collection[str] = (),
+) -> list[Step]:
+    """Optimize `model` for `target`, in place.
+
+    Args:
+        model: The base graph. Weights on disk stay there.
+        target: What to optimize for.
+        observers: Called after each pass.
+        until: Stop after the first pass of this name.
+        skip: Names of passes to leave out, wherever they stand in the list.
+
+    Returns:
+        What each pass that ran did, in order.
+
+    Raises:
+        UsageError: `until` or `skip` names no pass; the message lists the names there are.
+        onnx_ir.passes.PostconditionError: A pass changed the signature: a defect of that pass.
+    """
+    return _run(model, passes(target), tuple(observers), until, frozenset(skip))
+
+
+def _run(
+    model: ir.Model,
+    todo: list[ir.passes.PassBase],
+    observers: tuple[Observer, ...],
+    until: str | None,
+    skip: frozenset[str],
+) -> list[Step]:
+    names = [pass_name(p) for p in todo]
+    _check_names(names, {*skip, *([until] if until else [])})
+    steps: list[Step] = []
+    before, signature = count_ops(model), _signature(model)
+    for index, (name, p) in enumerate(zip(names, todo, strict=True)):
+        if name not in skip:
+            start = time.perf_counter()
+            try:
+                result = p(model)
+                _check_signature(name, signature, _signature(model))
+            except Exception as e:
+                e.add_note(f"raised by pass {index}, {name}")
+                raise
+            seconds, after = time.perf_counter() - start, count_ops(model)
+            notes = getattr(result, "notes", ())
+            changes = count_changes(before, after)
+            steps.append(Step(index, name, result.modified, seconds, changes, notes))
+            before = after
+            for observe in observers:
+                observe(steps[-1], p, model)
+        if name == until:
+            break
+    return steps
+
+
+def _check_names(known: list[str], asked: set[str]) -> None:
+    if unknown := sorted(asked - set(known)):
+        raise UsageError(
+            f"there is no pass named {', '.join(unknown)}",
+            hint=f"passes, in order: {', '.join(dict.fromkeys(known))}",
+        )
+
+
+_Signature = dict[str, list[tuple[str | None, ir.DataType | None, int | None]]]
+
+
+def _signature(model: ir.Model) -> _Signature:
+    return {
+        side: [(v.name, v.dtype, None if v.shape is None else len(v.shape)) for v in values]
+        for side, values in (("inputs", model.graph.inputs), ("outputs", model.graph.outputs))
+    }
+
+
+def _check_signature(name: str, want: _Signature, have: _Signature) -> None:
+    # Inference may find a type or a rank that was not stated; it may not change a stated one.
+    for side, values in want.items():
+        same = len(values) == len(have[side]) and all(
+            old is None or old == new
+            for a, b in zip(values, have[side], strict=True)
+            for old, new in zip(a, b, strict=True)
+        )
+        if not same:
+            raise ir.passes.PostconditionError(
+                f"pass {name} changed the {side} of the model, (name, dtype, rank) each: "
+                f"from {values} to {have[side]}"
+            )

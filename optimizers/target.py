@@ -1,0 +1,53 @@
+"""What a graph is lowered for. The target is data: no pass compares a provider's name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """One execution provider, as the passes see it.
+
+    Attributes:
+        name: What the user writes after `--target`.
+        provider: The execution provider's name in ONNX Runtime.
+        precision: What activations are computed in: fp32, fp16, bf16 or int8.
+        opset: The ai.onnx opset of the graph.
+        ops: The ops outside ai.onnx that a pass may write, as `domain::Op`.
+        broadcasts_attention_mask: Whether the Attention kernel stretches a mask whose query
+            dimension is 1. Where False, `expand_attention_mask` writes the Expand.
+    """
+
+    name: str
+    provider: str
+    precision: str
+    opset: int
+    ops: frozenset[str] = frozenset()
+    broadcasts_attention_mask: bool = False
+
+
+# cuda and tensorrt have their row so that callers can name them; what is lowered for them comes
+# later. TensorRT picks importers by op type and ignores the domain, so its `ops` stays empty for
+# good. False is the safe answer about masks: an Expand is right everywhere, a lack of it is not.
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            "cpu",
+            "CPUExecutionProvider",
+            "fp32",
+            23,
+            # Kept short on purpose: SkipLayerNormalization and BiasGelu lose on this provider.
+            ops=frozenset(
+                {
+                    "com.microsoft::GroupQueryAttention",
+                    "com.microsoft::MatMulIntegerToFloat",
+                    "com.microsoft::MatMulNBits",
+                }
+            ),
+        ),
+        Target("cuda", "CUDAExecutionProvider", "fp16", 23),
+        Target("tensorrt", "TensorrtExecutionProvider", "fp16", 23),
+    )
+}
