@@ -80,7 +80,7 @@ def texts(found: Sequence[Any]) -> list[str]:
     for i, text in enumerate(out):
         if not isinstance(text, str):
             raise InputError(
-                f'record {i + 1} has no text: {json.dumps(found[i])[:80]}', hint='{"text": "..."}'
+                f"record {i + 1} has no text: {json.dumps(found[i])[:80]}", hint='{"text": "..."}'
             )
     return out
 

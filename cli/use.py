@@ -18,7 +18,9 @@ from . import show, texts
 @click.command()
 @click.argument("directory", metavar="DIR")
 @click.argument("arguments", metavar="[TEXT]...", nargs=-1)
-@click.option("--input", "file", metavar="FILE", help="JSON lines, text lines, or .npz; - is stdin.")
+@click.option(
+    "--input", "file", metavar="FILE", help="JSON lines, text lines, or .npz; - is stdin."
+)
 @click.option("--next-word", metavar="PROMPT", help="The likeliest next words and how likely.")
 @click.option("--question", metavar="TEXT", help="What an answer model looks for in the texts.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
@@ -26,7 +28,9 @@ from . import show, texts
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of one run on the CPU.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON a record.")
-def run(directory: str, provider: str, threads: int | None, no_truncate: bool, **asked: Any) -> None:
+def run(
+    directory: str, provider: str, threads: int | None, no_truncate: bool, **asked: Any
+) -> None:
     """Run DIR on texts, files or standard input."""
     manifest = artifact.read_manifest(directory)
     if asked["next_word"] is not None and manifest.task != "generate":
@@ -191,7 +195,9 @@ def doctor(as_json: bool) -> None:
         show.json_line([asdict(c) for c in found])
         return
     for c in found:
-        mark = click.style("works  ", fg="green") if c.works else click.style("missing", fg="yellow")
+        mark = (
+            click.style("works  ", fg="green") if c.works else click.style("missing", fg="yellow")
+        )
         click.echo(f"{mark}  {c.name}: {c.detail}")
         if c.fix:
             click.echo(f"         mend it with: {c.fix}")

@@ -86,7 +86,7 @@ def frequencies(config: DecoderConfig) -> Tensor:
     turns = rope.original_max_positions * freqs / (2 * math.pi)  # within the trained context
     span = rope.high_freq_factor - rope.low_freq_factor
     keep = ((turns - rope.low_freq_factor) / span).clamp(0, 1)
-    return freqs
+    return keep * freqs + (1 - keep) * freqs / rope.factor
 
 
 def rotate_half(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@
     fold_constants.py         compute what depends on no input, within a budget of bytes
     infer_shapes.py           give every value its type and shape
     remove_no_ops.py          remove nodes that return what they were given
+    soften_attention_mask.py  keep the lowest float out of Attention's mask
     expand_attention_mask.py  give Attention a mask with a row for each query
 
 onnx_ir has the others: inlining, dead code, equal constants, equal nodes.

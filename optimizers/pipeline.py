@@ -16,6 +16,7 @@ from .expand_attention_mask import ExpandAttentionMask
 from .fold_constants import FoldConstants
 from .infer_shapes import InferShapes
 from .remove_no_ops import RemoveNoOps
+from .soften_attention_mask import SoftenAttentionMask
 from .target import Target
 
 
@@ -54,6 +55,9 @@ def passes(target: Target) -> list[ir.passes.PassBase]:
         common.CommonSubexpressionEliminationPass(),  # layers that build one mask come to share it
         InferShapes(),  # no-ops and masks are proved by shapes
         RemoveNoOps(),  # after CSE: equal shapes are one value by now
+        *(
+            [] if target.reads_lowest_float else [SoftenAttentionMask()]
+        ),  # while the constants of masks are near
         *(
             [] if target.broadcasts_attention_mask else [ExpandAttentionMask()]
         ),  # needs shared masks

@@ -17,6 +17,8 @@ class Target:
         ops: The ops outside ai.onnx that a pass may write, as `domain::Op`.
         broadcasts_attention_mask: Whether the Attention kernel stretches a mask whose query
             dimension is 1. Where False, `expand_attention_mask` writes the Expand.
+        reads_lowest_float: Whether the Attention kernel tells the lowest float in a mask from
+            -inf. Where False, `soften_attention_mask` writes a higher one.
     """
 
     name: str
@@ -25,6 +27,7 @@ class Target:
     opset: int
     ops: frozenset[str] = frozenset()
     broadcasts_attention_mask: bool = False
+    reads_lowest_float: bool = False
 
 
 # cuda and tensorrt have their row so that callers can name them; what is lowered for them comes
