@@ -8,9 +8,12 @@ from typing import Any, TypeVar
 
 import click
 
-from .. import press as road
 from ..artifact import Manifest
 from ..errors import UsageError
+from ..press import bench as bench_artifact
+from ..press import export as export_source
+from ..press import press as press_source
+from ..press import verify as verify_artifact
 from . import show
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -70,7 +73,7 @@ def _common(command: Command) -> Command:
 @_common
 def export(source: str, out: str, as_json: bool, **options: Any) -> None:
     """Export SOURCE to a portable graph, checked against PyTorch."""
-    manifest = road.export(source, out, progress=show.progress(), **options)
+    manifest = export_source(source, out, progress=show.progress(), **options)
     _published(manifest, out, as_json)
 
 
@@ -81,7 +84,7 @@ def export(source: str, out: str, as_json: bool, **options: Any) -> None:
               help="Do not time it against PyTorch.")  # fmt: skip
 def press(source: str, out: str, as_json: bool, **options: Any) -> None:
     """Export SOURCE, optimize it for a target, check it, measure it."""
-    manifest = road.press(source, out, progress=show.progress(), **options)
+    manifest = press_source(source, out, progress=show.progress(), **options)
     _published(manifest, out, as_json)
 
 
@@ -110,7 +113,7 @@ def _published(manifest: Manifest, out: str, as_json: bool) -> None:
 @_json
 def verify(directory: str, source: str | None, trust_pickle: bool, as_json: bool) -> None:
     """Check DIR again: files, signature, and PyTorch where the source is at hand."""
-    found = road.verify(
+    found = verify_artifact(
         directory, source=source, trust_pickle=trust_pickle, progress=show.progress(as_json)
     )
     show.done()
@@ -133,7 +136,7 @@ def verify(directory: str, source: str | None, trust_pickle: bool, as_json: bool
 @_json
 def bench(directory: str, as_json: bool, **options: Any) -> None:
     """Time DIR; the last line is JSON."""
-    result = road.bench(directory, progress=show.progress(as_json), **options)
+    result = bench_artifact(directory, progress=show.progress(as_json), **options)
     rows = result["rows"]
     if not rows:
         raise UsageError("there is nothing to time")

@@ -18,9 +18,7 @@ from . import show, texts
 @click.command()
 @click.argument("directory", metavar="DIR")
 @click.argument("arguments", metavar="[TEXT]...", nargs=-1)
-@click.option(
-    "--input", "file", metavar="FILE", help="JSON lines, text lines, or .npz; - is stdin."
-)
+@click.option("--input", "file", metavar="FILE", help="Lines of JSON or text, .npz, or - (stdin).")
 @click.option("--next-word", metavar="PROMPT", help="The likeliest next words and how likely.")
 @click.option("--question", metavar="TEXT", help="What an answer model looks for in the texts.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)

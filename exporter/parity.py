@@ -97,6 +97,7 @@ class Reference:
         name: Who computes it, for the manifest: "torch 2.13.0".
         run: Feeds by name to the outputs in the graph's order; whatever it raises means that
             it does not take these feeds.
+        prepare: Feeds by name to a call that computes the same and nothing else, to be timed.
         examples: One value of each input: its dtype, its kind of values, and the sizes of the
             dimensions that vary.
         highs: Exclusive upper bounds of integer inputs.
@@ -105,6 +106,7 @@ class Reference:
 
     name: str
     run: Callable[[Feeds], Sequence[Array]]
+    prepare: Callable[[Feeds], Callable[[], object]]
     examples: Feeds
     highs: Mapping[str, int] = field(default_factory=dict)
     limits: Mapping[str, int] = field(default_factory=dict)
@@ -117,20 +119,28 @@ def pytorch(source: Source) -> Reference:
     tensors = flatten_inputs(source)
     names = {id(t): name for name, t in tensors}
 
-    def run(feeds: Feeds) -> list[Array]:
+    def arguments(feeds: Feeds) -> Any:
         def swap(leaf: Any) -> Any:
             if id(leaf) not in names:
                 return leaf
             return torch.from_numpy(feeds[names[id(leaf)]].copy()).to(leaf.dtype)
 
-        args, kwargs = pytree.tree_map(swap, (source.args, source.kwargs))
+        return pytree.tree_map(swap, (source.args, source.kwargs))
+
+    def run(feeds: Feeds) -> list[Array]:
+        args, kwargs = arguments(feeds)
         with torch.no_grad(), reference_mode(), quiet():
             output = module(*args, **kwargs)
         return [_numpy(t) for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
 
+    def prepare(feeds: Feeds) -> Callable[[], object]:
+        args, kwargs = arguments(feeds)
+        return torch.inference_mode()(lambda: module(*args, **kwargs))
+
     return Reference(
         name=f"torch {torch.__version__.split('+')[0]}",
         run=run,
+        prepare=prepare,
         examples={name: _numpy(t) for name, t in tensors},
         highs=source.highs,
         limits=source.limits,

@@ -272,11 +272,6 @@ def _list(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def strip_prefix(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Names without `prefix`, which transformers writes only when the model has a head."""
-    return {name.removeprefix(prefix): value for name, value in weights.items()}
-
-
 def drop_copies(weights: dict[str, Tensor], original: str, *copies: str, where: Path) -> None:
     """Remove tied weights that the checkpoint stores again; SourceError where a copy differs."""
     for name in copies:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoint import expect, fill, need, read_config, read_weights, strip_prefix
+from .checkpoint import expect, fill, need, read_config, read_weights, refuse
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -200,6 +200,7 @@ def example(config: EncoderConfig) -> dict[str, Any]:
 
 HEADS = {"embed": Encoder, "classify": EncoderClassifier, "answer": EncoderAnswerer}
 ARCHITECTURES = {
+    "BertModel": "embed",
     "BertForSequenceClassification": "classify",
     "BertForQuestionAnswering": "answer",
 }
@@ -252,9 +253,13 @@ def load(path: Path, *, task: str = "tensors", trust_pickle: bool = False) -> nn
     raw = read_config(path)
     config = config_from(raw)
     if task == "tensors":
-        task = ARCHITECTURES.get((raw.get("architectures") or [""])[0], "embed")
+        (name, *_) = raw.get("architectures") or ["BertModel"]
+        if name not in ARCHITECTURES:
+            refuse("architectures", name, ARCHITECTURES)
+        task = ARCHITECTURES[name]
     expect({"task": task}, "task", *HEADS)
-    weights = strip_prefix(read_weights(path, trust_pickle=trust_pickle), "bert.")
+    weights = read_weights(path, trust_pickle=trust_pickle)
+    weights = {name.removeprefix("bert."): value for name, value in weights.items()}
     # Checkpoints converted from TensorFlow, bert-base-uncased among them, use its words.
     words = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
     for old, new in words.items():

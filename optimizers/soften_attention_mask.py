@@ -20,24 +20,10 @@ SOFT = -3.3e38  # added to any score it still is the score of a key that nobody 
 
 # What lies between a mask's constant and the Attention; their results scale with the constant.
 THROUGH = frozenset(
-    [
-        "Add",
-        "And",
-        "Cast",
-        "Concat",
-        "Expand",
-        "Identity",
-        "Max",
-        "Min",
-        "Mul",
-        "Reshape",
-        "Slice",
-        "Squeeze",
-        "Sub",
-        "Transpose",
-        "Unsqueeze",
-        "Where",
-    ]
+    (
+        *("Add", "And", "Cast", "Concat", "Expand", "Identity", "Max", "Min", "Mul", "Reshape"),
+        *("Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"),
+    )
 )
 
 

@@ -159,6 +159,19 @@ def test_missing_and_unexpected_weights_are_listed(bert):
     assert "missing: classifier.bias; unexpected: adapter.weight" in str(caught.value)
 
 
+def test_one_unexpected_weight_is_enough(bert):
+    edit(bert, lambda weights: weights.update({"bert.adapter.weight": torch.ones(1)}))
+    with pytest.raises(SourceError, match=r"EncoderClassifier; unexpected: adapter\.weight"):
+        encoder.load(bert, task="classify")
+
+
+def test_the_head_that_is_asked_for_must_be_one_of_ours(bert):
+    file = bert / "config.json"
+    file.write_text(file.read_text().replace("ForSequenceClassification", "ForMaskedLM"))
+    with pytest.raises(SourceError, match="architectures = 'BertForMaskedLM'"):
+        models.from_checkpoint(bert, task="tensors")
+
+
 def test_weights_of_another_task_are_missing_by_name(bert):
     with pytest.raises(SourceError, match=r"missing: qa_outputs\.bias, qa_outputs\.weight"):
         encoder.load(bert, task="answer")

@@ -236,6 +236,14 @@ def test_answer_in_a_long_context_and_only_there(make):
     assert got["score"] > 0.5
 
 
+def test_an_answer_never_ends_before_it_starts(make):
+    answerer = load(make(onnx_models.answerer, start="house", end="red"))
+    context = "the red cat sat on a house now"
+    got = answerer.answer("who", context)
+    assert got["start"] < got["end"]
+    assert got["answer"] == context[got["start"] : got["end"]]
+
+
 def test_answers_have_a_longest(make):
     answerer = load(make(onnx_models.answerer, start="red", end="house", max_length=32))
     context = "red the cat sat on a mat house"

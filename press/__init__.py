@@ -1,0 +1,200 @@
+"""The whole road: source -> capture -> optimize -> check against PyTorch -> measure -> artifact.
+
+This is the only module that sees every room. What one room needs of another it is handed from
+here: the exporter's check gets a function that runs ONNX Runtime, never the runtime itself.
+Rooms that load torch are imported inside the functions, so that `import onnxpress` stays light.
+
+    common.py   a source's reference, the export extra
+    proof.py    verify: files, signature and parity again
+    timing.py   bench: interleaved medians
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .. import artifact
+from ..artifact import Manifest
+from ..errors import UsageError
+from .common import needs_export, reference_of
+from .proof import Finding, verify
+from .timing import bench, default_shapes, time_against
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from ..exporter import Source
+
+__all__ = ["Finding", "bench", "export", "press", "verify"]
+
+PathLike = str | os.PathLike[str]
+Progress = Callable[[str], None]
+
+
+def export(
+    source: str,
+    out: PathLike,
+    *,
+    task: str | None = None,
+    force: bool = False,
+    allow_drift: bool = False,
+    trust_pickle: bool = False,
+    progress: Progress = lambda _: None,
+) -> Manifest:
+    """Export a model, check it against PyTorch, and publish it as an artifact.
+
+    The graph is the portable one: ai.onnx ops only, cleaned, not lowered for any target.
+
+    Args:
+        source: A Hugging Face directory or hub id, `package.module:factory`,
+            `path/to/file.py:factory`, a name of models/, or an .onnx file.
+        out: The artifact directory to write.
+        task: embed, classify, answer, generate, translate or tensors; found where None.
+        force: Replace an artifact that is at `out`.
+        allow_drift: Publish even where the check fails, and record it.
+        trust_pickle: Read pickled weights, which can run code of whoever wrote them.
+        progress: Told each step as it begins.
+
+    Returns:
+        The manifest of the published artifact.
+
+    Raises:
+        GateError: The graph does not compute what PyTorch computes.
+        UsageError: The source cannot be found, built or captured, or `out` cannot be written.
+    """
+    return _road(source, out, None, task, force, allow_drift, trust_pickle, False, progress)
+
+
+def press(
+    source: str,
+    out: PathLike,
+    *,
+    target: str = "cpu",
+    task: str | None = None,
+    force: bool = False,
+    allow_drift: bool = False,
+    trust_pickle: bool = False,
+    measure: bool = True,
+    progress: Progress = lambda _: None,
+) -> Manifest:
+    """Export a model, optimize it for a target, check and measure it, and publish it.
+
+    Args:
+        target: What it is lowered for: cpu.
+        measure: Time it against PyTorch and keep the table in measured.json.
+
+    The other arguments, what is returned and what is raised are those of `export`.
+    """
+    return _road(source, out, target, task, force, allow_drift, trust_pickle, measure, progress)
+
+
+def _road(
+    spec: str,
+    out: PathLike,
+    target_name: str | None,
+    task: str | None,
+    force: bool,
+    allow_drift: bool,
+    trust_pickle: bool,
+    measure: bool,
+    progress: Progress,
+) -> Manifest:
+    artifact.check_output(out, force=force)
+    with needs_export():
+        from .. import exporter, optimizers
+        from ..optimizers.observers import from_environment
+        from ..runtime import Session
+    target = _target(target_name)
+    with artifact.stage(out, force=force) as staging:
+        progress(f"read {spec}")
+        source = exporter.resolve(spec, task=task, trust_pickle=trust_pickle)
+        progress("capture the graph")
+        model, notes = _graph(source)
+        # The adopted graph of an ONNX file is its own reference: opened before a pass sees it.
+        reference = reference_of(source)
+        if target_name or source.kind != "onnx":
+            progress(f"optimize for {target_name or 'any target'}")
+            steps = optimizers.optimize(model, target, observers=from_environment())
+        else:
+            steps = []
+        progress("write the weights")
+        artifact.save_model(model, staging.path)
+        session = Session(staging.path)
+        progress(f"check against {reference.name}")
+        parity = exporter.check(
+            reference, session.run, session.inputs, progress=lambda p: progress(f"  {p}")
+        )
+        if not allow_drift:
+            exporter.refuse(parity, what="the optimized graph" if target_name else "the graph")
+        for name, content in source.files.items():
+            staging.write(name, content)
+        if measure:
+            progress("measure")
+            rows = time_against(session, reference, default_shapes(session, reference))
+            staging.write(artifact.MEASURED, json.dumps(rows, indent=2) + "\n")
+        manifest = Manifest(
+            task=source.task,
+            source={
+                "spec": spec,
+                "kind": source.kind,
+                "weights_sha256": source.weights_sha256,
+                "notes": [*source.notes, *notes],
+            },
+            target={
+                "provider": target_name or "any",
+                "precision": target.precision,
+                "opset": model.opset_imports.get("", 0),
+            },
+            inputs=session.inputs,
+            outputs=session.outputs,
+            settings=source.settings,
+            kv=source.kv,
+            ops=optimizers.count_ops(model),
+            passes=[
+                {"name": s.name, "changed": s.changed, "ops": s.ops, "notes": list(s.notes)}
+                for s in steps
+            ],
+            parity={**parity.summary(), "allowed_drift": allow_drift and not parity.passed},
+            tools=_tools(source.kind),
+        )
+        progress("publish")
+        return staging.publish(manifest)
+
+
+def _target(name: str | None) -> Any:
+    from ..optimizers import TARGETS
+
+    if name not in (None, "cpu"):
+        raise UsageError(
+            f"the target {name!r} cannot be lowered for yet",
+            hint="this version lowers for: cpu; `onnxpress export` writes a portable graph",
+        )
+    return TARGETS["cpu"]
+
+
+def _graph(source: Source) -> tuple[ir.Model, list[str]]:
+    from ..exporter import capture
+
+    if source.graph is not None:
+        return source.graph, []
+    captured = capture(source)
+    return captured.model, captured.notes
+
+
+def _tools(kind: str) -> dict[str, str]:
+    packages = ["numpy", "onnx-ir", "onnxscript", "tokenizers"]
+    packages += ["torch"] if kind != "onnx" else []
+    packages += ["transformers"] if importlib.util.find_spec("transformers") else []
+    versions = {p: importlib.metadata.version(p).split("+")[0] for p in packages}
+    import onnxruntime
+
+    return {**versions, "onnxruntime": onnxruntime.__version__, "onnxpress": _own_version()}
+
+
+def _own_version() -> str:
+    return importlib.metadata.version("onnxpress")

@@ -1,0 +1,166 @@
+"""Timing an artifact, and PyTorch on the same weights beside it, interleaved in one run."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import artifact
+from ..errors import UsageError
+from .common import needs_export, reference_of, symbols
+
+if TYPE_CHECKING:
+    from ..exporter import Reference
+    from ..runtime import Session
+
+
+@dataclass
+class Shape:
+    """Sizes of the dimensions that vary, for one row of a table."""
+
+    dims: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return " ".join(f"{n}={v}" for n, v in self.dims.items()) or "fixed shapes"
+
+
+def bench(
+    directory: str | os.PathLike[str],
+    *,
+    against: str | None = None,
+    source: str | None = None,
+    batch: Sequence[int] = (1, 8),
+    length: Sequence[int] = (16, 128),
+    threads: int | None = None,
+    rounds: int = 9,
+    trust_pickle: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Time an artifact, and PyTorch on the same weights beside it, interleaved in one run.
+
+    Args:
+        directory: The artifact.
+        against: "torch" to time PyTorch too; it needs the source.
+        source: Where the source lies, where it is not where the manifest says.
+        batch: Sizes of the first dimension that varies.
+        length: Sizes of the others (past caches stay empty).
+        threads: Of both contestants; None for what each takes by itself.
+        rounds: Of which the median is kept; at least 9.
+
+    Returns:
+        The machine, the versions and the rows, medians in milliseconds.
+
+    Raises:
+        UsageError: The source cannot be found, or a size does not fit.
+    """
+    from ..runtime import Session
+
+    manifest = artifact.read_manifest(directory)
+    artifact.check_files(directory, manifest, hashes=False)
+    if against not in (None, "torch"):
+        raise UsageError(f"cannot measure against {against!r}", hint="--against torch")
+    if rounds < 9:
+        raise UsageError(f"{rounds} rounds are too few for a median worth quoting", hint="9")
+    session = Session(directory, threads=threads)
+    reference = None
+    if against:
+        with needs_export():
+            from .. import exporter
+        progress("read the source")
+        spec = source or str(manifest.source["spec"])
+        built = exporter.resolve(spec, task=manifest.task, trust_pickle=trust_pickle)
+        if built.module is None:
+            raise UsageError("the source is an ONNX file: there is no PyTorch to compare with")
+        reference = reference_of(built)
+    names = symbols(session.inputs)
+    shapes = [
+        Shape({n: b if i == 0 else 0 if "past" in n else s for i, n in enumerate(names)})
+        for b in batch
+        for s in length
+    ]
+    unique = list({str(s): s for s in shapes}.values())
+    return time_against(session, reference, unique, threads=threads, rounds=rounds)
+
+
+def time_against(
+    session: Session,
+    reference: Reference | None,
+    shapes: Sequence[Shape],
+    *,
+    threads: int | None = None,
+    rounds: int = 9,
+) -> dict[str, Any]:
+    """Medians of a session and of its reference at each shape, interleaved."""
+    from ..runtime import random_feeds, time_runs
+
+    def one(shape: Shape) -> dict[str, Any]:
+        high = reference.highs if reference else None
+        feeds = random_feeds(session.inputs, shape.dims, high=high)
+        contestants: dict[str, Callable[[], object]] = {"onnxpress": lambda: session.run(feeds)}
+        if reference:
+            contestants[reference.name.split()[0]] = reference.prepare(feeds)
+        timed = time_runs(contestants, rounds=rounds)
+        medians = {name: round(t.median, 3) for name, t in timed.items()}
+        row: dict[str, Any] = {**shape.dims, "ms": medians}
+        if reference and "torch" in medians:
+            row["speedup"] = round(medians["torch"] / medians["onnxpress"], 2)
+        return row
+
+    with _torch_threads(threads if reference else None):
+        rows = [one(shape) for shape in shapes]
+    import onnxruntime
+
+    return {
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count()},
+        "versions": {"onnxruntime": onnxruntime.__version__}
+        | ({"reference": reference.name} if reference else {}),
+        "threads": threads,
+        "rounds": rounds,
+        "rows": rows,
+    }
+
+
+def default_shapes(session: Session, reference: Reference) -> list[Shape]:
+    """One at the batch and length of a single request, one of a batch; the traced size else."""
+    names = symbols(session.inputs)
+    if "sequence" in names:
+        return [
+            Shape({n: 0 if "past" in n else {"batch": b}.get(n, s) for n in names})
+            for b, s in ((1, 16), (1, 128), (8, 128))
+            if s <= reference.limits.get("sequence", s)
+        ]
+    sizes: dict[str, int] = {}
+    for spec in session.inputs:
+        for dim, n in zip(spec.shape, reference.examples[spec.name].shape, strict=True):
+            if isinstance(dim, str):
+                sizes.setdefault(dim, n)
+    return [Shape({n: sizes[n] for n in names})]
+
+
+@contextmanager
+def _torch_threads(count: int | None) -> Iterator[None]:
+    if count is None:
+        yield
+        return
+    from ..exporter.parity import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [x.split(":", 1)[1].strip() for x in text.splitlines() if x.startswith("model name")]
+    return names[0] if names else platform.machine()
