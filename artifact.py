@@ -227,11 +227,12 @@ def check_files(directory: str | os.PathLike[str], manifest: Manifest, *, hashes
 
 def open_model(path: str | os.PathLike[str]) -> ir.Model:
     """The graph of an artifact directory or an .onnx file, its weights left on disk until read."""
-    ir = _onnx_ir()
+    onnx_ir = _onnx_ir()
     path = Path(path)
     path = path / MODEL if path.is_dir() else path
     try:
-        return ir.load(path)
+        model: ir.Model = onnx_ir.load(path)
+        return model
     except Exception as e:  # protobuf and onnx_ir raise many kinds for a damaged file
         raise ArtifactError(f"the graph cannot be read: {e}", where=str(path)) from e
 

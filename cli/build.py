@@ -21,7 +21,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 TASKS = ("embed", "classify", "answer", "generate", "translate", "tensors")
 
 
-class Sizes(click.ParamType):
+class Sizes(click.ParamType[list[int]]):
     """Positive integers, separated by commas."""
 
     name = "n,n,..."

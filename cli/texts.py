@@ -76,12 +76,14 @@ def texts(found: Sequence[Any]) -> list[str]:
     Raises:
         InputError: A record without text.
     """
-    out = [r.get("text") if isinstance(r, dict) else r for r in found]
-    for i, text in enumerate(out):
+    out: list[str] = []
+    for i, record in enumerate(found):
+        text = record.get("text") if isinstance(record, dict) else record
         if not isinstance(text, str):
             raise InputError(
-                f"record {i + 1} has no text: {json.dumps(found[i])[:80]}", hint='{"text": "..."}'
+                f"record {i + 1} has no text: {json.dumps(record)[:80]}", hint='{"text": "..."}'
             )
+        out.append(text)
     return out
 
 

@@ -213,7 +213,7 @@ def _same(model: ir.Model, source: Source) -> dict[str, str]:
 
     torch.export leaves them apart where only a reshape ties them (the batches of query and key).
     """
-    if source.dynamic_shapes is not None:
+    if source.dynamic_shapes is not None or source.dims:
         return {}
     axes: dict[str, list[Axis]] = {}
     for value in model.graph.inputs:

@@ -147,7 +147,7 @@ def _torch_threads(count: int | None) -> Iterator[None]:
     if count is None:
         yield
         return
-    from ..exporter.parity import torch
+    import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(count)

@@ -9,9 +9,8 @@ from time import perf_counter
 
 import numpy as np
 
-from ..artifact import TensorSpec
+from ..artifact import TensorSpec, evaluate
 from ..errors import InputError
-from . import dims as _dims
 from .signature import Array
 
 
@@ -89,7 +88,7 @@ def random_feeds(
     rng = np.random.default_rng(seed)
     feeds: dict[str, Array] = {}
     for spec in inputs:
-        sizes = [_dims.evaluate(d, dims) for d in spec.shape]
+        sizes = [evaluate(d, dims) for d in spec.shape]
         shape = tuple(n for n in sizes if n is not None)
         if len(shape) != spec.rank:
             unknown = [d for d, n in zip(spec.shape, sizes, strict=True) if n is None]

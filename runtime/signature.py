@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..artifact import TensorSpec
+from ..artifact import TensorSpec, evaluate, is_symbol
 from ..errors import InputError
-from . import dims
 
 Array = np.ndarray[Any, Any]
 Feeds = Mapping[str, Array]
@@ -48,7 +47,7 @@ class Checker:
                 [
                     (axis, d)
                     for axis, d in enumerate(i.shape)
-                    if isinstance(d, str) and dims.is_symbol(d)
+                    if isinstance(d, str) and is_symbol(d)
                 ],
             )
             for i in inputs
@@ -58,7 +57,7 @@ class Checker:
             (i, axis, d)
             for i, *_ in self.plain
             for axis, d in enumerate(i.shape)
-            if isinstance(d, str) and d != "?" and not dims.is_symbol(d)
+            if isinstance(d, str) and d != "?" and not is_symbol(d)
         ]
 
     def __call__(self, feeds: Feeds) -> None:
@@ -97,7 +96,7 @@ class Checker:
                         spec, axis, shape, f"{sizes[symbol]}: {symbol!r} as in the input {first!r}"
                     )
         for spec, axis, text in self.expressions:
-            want, shape = dims.evaluate(text, sizes), feeds[spec.name].shape
+            want, shape = evaluate(text, sizes), feeds[spec.name].shape
             if want is not None and shape[axis] != want:
                 known = ", ".join(f"{k} = {v}" for k, v in sizes.items() if k in text)
                 raise self._bad_dim(spec, axis, shape, f"{want}: {text!r} with {known}")

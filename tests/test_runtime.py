@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import onnx_ir as ir
 import pytest
-from onnxpress import errors
+from onnxpress import artifact, errors
 from onnxpress.artifact import TensorSpec
-from onnxpress.runtime import Session, dims, load, providers, random_feeds, time_runs
+from onnxpress.runtime import Session, load, providers, random_feeds, time_runs
 from onnxpress.runtime.placement import count_memcpy
 
 from . import onnx_models
@@ -363,7 +363,7 @@ def test_neither_torch_nor_onnx_is_in_the_process(embedder_dir):
     ],
 )
 def test_dimension_expressions(text, want):
-    assert dims.evaluate(text, {"a": 2, "b": 5}) == want
+    assert artifact.evaluate(text, {"a": 2, "b": 5}) == want
 
 
 def test_random_feeds():
