@@ -7,10 +7,10 @@ Both run the same model on the same feeds, in turn, many calls a round. The last
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 
+import common
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as rt
@@ -43,19 +43,17 @@ def main() -> None:
     overhead = round(micros["session"] - micros["bare"], 2)
     calls = times["bare"].calls * 1000
     print(f"{micros} us a run, {calls} runs each; budget {BUDGET_US} us")
-    print(
-        json.dumps(
-            {
-                "benchmark": "overhead",
-                "bare_us": micros["bare"],
-                "session_us": micros["session"],
-                "overhead_us": overhead,
-                "budget_us": BUDGET_US,
-                "rounds": 15,
-                "onnxruntime": rt.__version__,
-            },
-            sort_keys=True,
-        )
+    common.finish(
+        "overhead",
+        {
+            "machine": common.machine(),
+            "versions": common.versions("onnxruntime", "numpy"),
+            "rounds": 15,
+            "bare_us": micros["bare"],
+            "session_us": micros["session"],
+            "overhead_us": overhead,
+            "budget_us": BUDGET_US,
+        },
     )
 
 

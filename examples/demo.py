@@ -56,7 +56,7 @@ def embed_with_torch(source: str, texts: list[str], embedder: object) -> np.ndar
     from onnxpress.exporter import resolve
 
     module = resolve(source).module
-    feeds = embedder.tokenizer.encode(texts)
+    feeds = embedder.feeds(embedder.tokenizer.pad(embedder.tokenizer.encode(texts)))
     with torch.no_grad():
         hidden = module(**{k: torch.from_numpy(v) for k, v in feeds.items()})["last_hidden_state"]
         mask = torch.from_numpy(feeds["attention_mask"]).unsqueeze(-1).float()
