@@ -61,13 +61,12 @@ def capture(source: Source) -> Capture:
                 where=user_frames(e),
             ) from e
         names = flatten_outputs(register(outputs))
-        program, fixed = _export(source)
+        model, fixed = _export_or_fall_back(source, notes)
         for axis, size in fixed:
             notes.append(
                 f"axis {axis.at} of {axis.input} is fixed at {size} in the graph, although "
                 "PyTorch takes other sizes: torch.export specialized it"
             )
-    model = program.model
     inputs = flatten_inputs(source)
     _check_counts(model, [n for n, _ in inputs], names, source)
     _rename(model, [n for n, _ in inputs], names)
@@ -98,6 +97,23 @@ def reference_mode() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+def _export_or_fall_back(
+    source: Source, notes: list[str]
+) -> tuple[ir.Model, list[tuple[Axis, int]]]:
+    try:
+        program, fixed = _export(source)
+    except ExportError as e:
+        if source.fallback is None:
+            raise
+        try:
+            model = source.fallback()
+        except Exception:  # the second way has its own many errors; the first one's line is better
+            raise e from None
+        notes.append(f"captured by transformers.exporters, since plain torch.export said: {e.what}")
+        return model, []
+    return program.model, fixed
+
+
 def _export(source: Source) -> tuple[Any, list[tuple[Axis, int]]]:
     """The ONNX program, and the axes that stayed fixed although PyTorch lets them vary."""
     module, args, kwargs = source.module, source.args, source.kwargs
@@ -112,7 +128,8 @@ def _export(source: Source) -> tuple[Any, list[tuple[Axis, int]]]:
             )
             missed = [] if given is not None or source.dims else probe(source, exported)
             if not (missed and recurrent):
-                return _to_onnx(exported), missed
+                # Told the shapes again, it keeps the names of the user's dimensions.
+                return _to_onnx(exported, dynamic_shapes=given), missed
             given = find_shapes(source, exported, missed)
         # Only the ONNX exporter knows how to trace an LSTM of any length. It has to be told the
         # axes: left to find them it makes a symbol of every hidden size.

@@ -289,7 +289,16 @@ def _guess(value: ir.Value, axis: int, taken: set[str]) -> str:
 def _renamed(dim: int | ir.SymbolicDim, names: dict[str, str]) -> Any:
     if isinstance(dim, int) or dim.value is None:
         return dim
-    return ir.SymbolicDim(_WORD.sub(lambda m: names.get(m[0], m[0]), str(dim.value)))
+    if str(dim.value).isdigit():  # torch.export writes some fixed sizes as text
+        return int(str(dim.value))
+    if str(dim.value) in names:
+        return ir.SymbolicDim(names[str(dim.value)])
+    long = {s: n if _WORD.fullmatch(n) else f"({n})" for s, n in names.items()}
+    text = _WORD.sub(lambda m: long.get(m[0], m[0]), str(dim.value))
+    terms = text.split(" + ")
+    if all(_WORD.fullmatch(t) for t in terms):  # one spelling for one size
+        text = " + ".join(sorted(terms))
+    return ir.SymbolicDim(text)
 
 
 def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:

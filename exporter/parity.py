@@ -103,6 +103,7 @@ class Reference:
         settle: Makes fresh feeds ones that can occur, where not every value can.
         highs: Exclusive upper bounds of integer inputs.
         limits: Largest sizes of dimensions.
+        least: Smallest sizes of dimensions.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Reference:
     settle: Callable[[Feeds], Feeds] = lambda feeds: feeds
     highs: Mapping[str, int] = field(default_factory=dict)
     limits: Mapping[str, int] = field(default_factory=dict)
+    least: Mapping[str, int] = field(default_factory=dict)
 
 
 def pytorch(source: Source) -> Reference:
@@ -150,6 +152,7 @@ def pytorch(source: Source) -> Reference:
         examples={name: _numpy(t) for name, t in tensors},
         highs=source.highs,
         limits=source.limits,
+        least=source.least,
     )
 
 
@@ -241,10 +244,12 @@ def _points(reference: Reference, inputs: Sequence[TensorSpec]) -> Iterator[Poin
                 traced.setdefault(dim, size)
     names = list(traced)
     most = {n: reference.limits.get(n, 1 << 30) for n in names}
+    least = {n: reference.least.get(n, 0) for n in names}
 
     def point(sizes: Mapping[str, int] | None = None, mask: str = "full") -> Point:
         chosen = {**traced, **(sizes or {})}
-        return Point(tuple((n, min(most[n], chosen[n])) for n in names), mask)
+        within = {n: max(least[n], min(most[n], chosen[n])) for n in names}
+        return Point(tuple(within.items()), mask)
 
     points = [point()]
     if names:

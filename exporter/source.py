@@ -45,10 +45,12 @@ class Source:
         files: Further files of the artifact: tokenizer.json, config.json.
         highs: Exclusive upper bounds of integer inputs (vocabulary sizes), by name.
         limits: Largest sizes of dimensions, by dimension name.
+        least: Smallest sizes of dimensions, by dimension name.
         weights_sha256: Over the weight files, or over the module's state where there are none.
         graph: The adopted graph of an ONNX file.
         notes: What was decided while the source was built, for the user to read.
         dims: Names of the dimensions of each input, where they are known beforehand.
+        fallback: Another way to the graph, for a module that torch.export does not take as it is.
     """
 
     spec: str
@@ -63,10 +65,12 @@ class Source:
     files: dict[str, bytes] = field(default_factory=dict)
     highs: dict[str, int] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)
+    least: dict[str, int] = field(default_factory=dict)
     weights_sha256: str = ""
     graph: ir.Model | None = None
     notes: list[str] = field(default_factory=list)
     dims: dict[str, tuple[str | None, ...]] = field(default_factory=dict)
+    fallback: Callable[[], ir.Model] | None = None
 
 
 def resolve(spec: str, *, task: str | None = None, trust_pickle: bool = False) -> Source:
@@ -151,6 +155,10 @@ def from_factory(spec: str, kind: str, made: Any, task: str | None = None) -> So
     args, kwargs = clone(args), clone(_in_order(module, kwargs))
     if not any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves((args, kwargs))):
         raise SourceError("the example inputs hold no tensor", where=where)
+    shapes = rest[0] if rest else None
+    if isinstance(shapes, Mapping):
+        shapes = _in_order(module, dict(shapes))
+    dims = [d for d in pytree.tree_leaves(shapes) if isinstance(d, torch.export.Dim)]
     return Source(
         spec=spec,
         kind=kind,
@@ -158,7 +166,9 @@ def from_factory(spec: str, kind: str, made: Any, task: str | None = None) -> So
         module=module.eval(),
         args=args,
         kwargs=kwargs,
-        dynamic_shapes=rest[0] if rest else None,
+        dynamic_shapes=shapes,
+        limits={d.__name__: d.max for d in dims if isinstance(d.max, int)},
+        least={d.__name__: d.min for d in dims if isinstance(d.min, int)},
         weights_sha256=state_sha256(module),
     )
 
