@@ -59,6 +59,7 @@ class Parity:
         worst: Output, point and position of the largest difference relative to its tolerance.
         ratio: That difference as a share of what is allowed; past 1 the gate refuses.
         undefined: How many values PyTorch left NaN or infinite (they are not compared).
+        compared: The outputs of which at least one value was compared.
         refused: Points that PyTorch itself does not take.
     """
 
@@ -68,12 +69,18 @@ class Parity:
     worst: str = ""
     ratio: float = 0.0
     undefined: int = 0
+    compared: set[str] = field(default_factory=set)
     refused: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
         """Whether every output was within tolerance at every point."""
         return self.ratio <= 1.0
+
+    def fail(self, worst: str) -> None:
+        """Refuse for what is no number; the first reason stays."""
+        if not math.isinf(self.ratio):
+            self.ratio, self.worst = math.inf, worst
 
     def summary(self) -> dict[str, Any]:
         """For the manifest; differences are rounded to two digits, so that it is stable."""
@@ -141,14 +148,11 @@ def pytorch(source: Source) -> Reference:
         args, kwargs = arguments(feeds)
         return torch.inference_mode()(lambda: module(*args, **kwargs))
 
-    def settle(feeds: Feeds) -> Feeds:
-        return _written_past(source, run, feeds) if source.kv else feeds
-
     return Reference(
         name=f"torch {torch.__version__.split('+')[0]}",
         run=run,
         prepare=prepare,
-        settle=settle,
+        settle=lambda feeds: _written_past(source, run, feeds) if source.kv else feeds,
         examples={name: _numpy(t) for name, t in tensors},
         highs=source.highs,
         limits=source.limits,
@@ -217,6 +221,8 @@ def check(
             hint="give larger example inputs, or dynamic shapes with Dim(min=, max=); refused: "
             + "; ".join(found.refused[:4]),
         )
+    if blank := sorted(set(found.max_abs) - found.compared):
+        found.fail(f"of {', '.join(blank)} it computes NaN and infinity alone, at every point")
     return found
 
 
@@ -243,12 +249,11 @@ def _points(reference: Reference, inputs: Sequence[TensorSpec]) -> Iterator[Poin
             if isinstance(dim, str) and dim.isidentifier():
                 traced.setdefault(dim, size)
     names = list(traced)
-    most = {n: reference.limits.get(n, 1 << 30) for n in names}
-    least = {n: reference.least.get(n, 0) for n in names}
+    least, most = reference.least, reference.limits
 
     def point(sizes: Mapping[str, int] | None = None, mask: str = "full") -> Point:
         chosen = {**traced, **(sizes or {})}
-        within = {n: max(least[n], min(most[n], chosen[n])) for n in names}
+        within = {n: max(least.get(n, 0), min(most.get(n, v), v)) for n, v in chosen.items()}
         return Point(tuple(within.items()), mask)
 
     points = [point()]
@@ -341,9 +346,7 @@ def _compare(found: Parity, point: Point, feeds: Feeds, want: Sequence[Array], r
         got = run(feeds)
     except OnnxpressError as e:
         found.points.append((str(point), math.inf))
-        if not math.isinf(found.ratio):
-            found.worst = f"at {point} {found.reference} runs and ONNX Runtime does not: {e.what}"
-        found.ratio = math.inf
+        found.fail(f"at {point} {found.reference} runs and ONNX Runtime does not: {e.what}")
         return
     largest = 0.0
     for (name, have), wanted in zip(got.items(), want, strict=True):
@@ -357,14 +360,13 @@ def _difference(found: Parity, point: Point, name: str, have: Array, wanted: Arr
     want = wanted.astype(np.float64)
     allowed = TOLERANCE.get(wanted.dtype.name, 0.0)
     if have.shape != want.shape:
-        if not math.isinf(found.ratio):
-            found.worst = (
-                f"{name} at {point} has shape {have.shape}, {found.reference} gives {want.shape}"
-            )
-        found.ratio = math.inf
+        shapes = f"has shape {have.shape}, {found.reference} gives {want.shape}"
+        found.fail(f"{name} at {point} {shapes}")
         return math.inf
     finite = np.isfinite(want)
     found.undefined += int(want.size - finite.sum())
+    if finite.any() or not want.size:
+        found.compared.add(name)
     apart = np.where(finite, np.abs(have.astype(np.float64) - np.where(finite, want, 0.0)), 0.0)
     apart = np.where(finite & ~np.isfinite(have.astype(np.float64)), np.inf, apart)
     if not apart.size:
