@@ -188,13 +188,27 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
             side: tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in raw[side])
             for side in ("inputs", "outputs")
         }
-        return Manifest(**{**raw, **specs})
+        manifest = Manifest(**{**raw, **specs})
+        _check_kinds(manifest)
+        return manifest
     except (TypeError, KeyError) as e:
         raise ArtifactError(
             f"manifest.json is damaged: {e}",
             where=str(path),
             hint="make the artifact again from its source",
         ) from None
+
+
+def _check_kinds(manifest: Manifest) -> None:
+    """Raise TypeError where a field of a manifest is not of its kind: it may come from anyone."""
+    for name in ("source", "target", "settings", "ops", "runtime", "tools", "files"):
+        if not isinstance(getattr(manifest, name), dict):
+            raise TypeError(f"{name} is no object")
+    for name, f in manifest.files.items():
+        if not (isinstance(f, dict) and type(f.get("bytes")) is int and "sha256" in f):
+            raise TypeError(f"files says neither bytes nor sha256 of {name!r}")
+    if MODEL not in manifest.files:
+        raise TypeError(f"files does not list {MODEL}")
 
 
 def check_files(directory: str | os.PathLike[str], manifest: Manifest, *, hashes: bool) -> None:
@@ -206,8 +220,7 @@ def check_files(directory: str | os.PathLike[str], manifest: Manifest, *, hashes
     for name, want in sorted(manifest.files.items()):
         path = Path(directory) / name
         hint = "copy the artifact again, or make it again from its source"
-        # A name must stay inside the directory: a manifest is input, and may come from anyone.
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if Path(name).name != name or name == ".." or "\0" in name:
             raise ArtifactError(f"the manifest lists a file outside the artifact: {name!r}")
         if not path.is_file():
             raise ArtifactError("a file of the artifact is missing", where=str(path), hint=hint)
@@ -275,11 +288,12 @@ class Staging:
         old = None
         if self.final.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{self.final.name}.old-", dir=self.final.parent))
-            os.replace(self.final, old / "artifact")
         try:
-            os.rename(self.path, self.final)
-        except OSError:
             if old:
+                os.replace(self.final, old / "artifact")
+            os.rename(self.path, self.final)
+        except BaseException:  # Ctrl-C too: the old artifact is all there is
+            if old and not self.final.exists():
                 os.replace(old / "artifact", self.final)
             raise
         finally:
