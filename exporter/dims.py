@@ -215,18 +215,32 @@ def _same(model: ir.Model, source: Source) -> dict[str, str]:
     """
     if source.dynamic_shapes is not None or source.dims:
         return {}
-    axes: dict[str, list[Axis]] = {}
+    axes: dict[str, list[Axis]] = {}  # of each symbol, those of its sums included
+    alike: dict[tuple[int, int], list[str]] = {}  # symbols by traced size and position
     for value in model.graph.inputs:
         for i, dim in enumerate(value.shape or ()):
-            if isinstance(dim, ir.SymbolicDim) and _WORD.fullmatch(dim.value or ""):
-                axes.setdefault(str(dim.value), []).append(Axis(str(value.name), i))
+            if isinstance(dim, int) or dim.value is None:
+                continue
+            axis = Axis(str(value.name), i)
+            for symbol in _WORD.findall(dim.value):
+                axes.setdefault(symbol, []).append(axis)
+            group = alike.setdefault((min(_sizes(source, [axis])), i), [])
+            if _WORD.fullmatch(dim.value) and dim.value not in group:
+                group.append(dim.value)
+
+    def grow(*symbols: str) -> bool:
+        return _runs(source, *_grown(source, {a for s in symbols for a in axes[s]}, 1))
+
     same: dict[str, str] = {}
-    for s, t in itertools.combinations(axes, 2):
-        if t in same or s in same or _sizes(source, axes[s]) != _sizes(source, axes[t]):
-            continue
-        alone = _runs(source, *_grown(source, axes[t], 1))
-        if not alone and _runs(source, *_grown(source, [*axes[s], *axes[t]], 1)):
-            same[t] = s
+    for symbols in alike.values():
+        tied = [s for s in symbols if len(symbols) > 1 and not grow(s)]
+        while len(tied) > 1:
+            first, *rest = tied
+            partners = [s for s in rest if grow(first, s)]
+            if not partners and grow(*tied):
+                partners = rest  # the caches of all layers: no two of them may grow alone
+            same |= dict.fromkeys(partners, first)
+            tied = [s for s in rest if s not in partners]
     return same
 
 

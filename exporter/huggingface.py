@@ -11,7 +11,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -24,6 +24,7 @@ from ..models import checkpoint
 from . import settings as task_settings
 from .capture import OPSET, quiet
 from .source import Source, clone
+from .wrappers import Text, wrap
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -100,6 +101,7 @@ def build(spec: str, path: Path, task: str | None, *, trust_pickle: bool = False
     source.settings = task_settings.settings(task, path, config)
     if task == "generate":
         source.kv = _kv(example)
+        source.settings |= _chat(path)
     return source
 
 
@@ -158,38 +160,24 @@ def _from_transformers(
         where, options["gguf_file"] = str(path.parent), path.name
     with quiet():
         try:
-            loaded = getattr(transformers, auto).from_pretrained(where, **options)
+            loaded, info = getattr(transformers, auto).from_pretrained(
+                where, output_loading_info=True, **options
+            )
         except Exception as e:  # transformers raises every kind for what it cannot read
             raise SourceError(
                 f"transformers cannot load it as {auto}: {str(e).splitlines()[0]}", where=where
             ) from e
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would fill them with random numbers, and both sides would agree
+        raise SourceError(
+            f"the checkpoint has no weights for {', '.join(missing[:4])}"
+            + (f" and {len(missing) - 4} more" if len(missing) > 4 else ""),
+            where=where,
+            hint=f"it was not trained for {task}: leave --task out",
+        )
     if hasattr(loaded, "set_experts_implementation"):
         loaded.set_experts_implementation("batched_mm")  # the default is no op of ONNX's
-    return _wrap(loaded.eval(), task)
-
-
-def _wrap(model: Any, task: str) -> tuple[nn.Module, dict[str, Any]]:
-    config = model.config
-    if task == "tensors" and "pixel_values" in _parameters(model):
-        size = config.image_size
-        shape = (size, size) if isinstance(size, int) else tuple(size)
-        return Pixels(model), {"pixel_values": torch.randn(2, config.num_channels, *shape)}
-    vocab = config.get_text_config().vocab_size
-    ids = torch.randint(0, vocab, (2, 7), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, 5:] = 0
-    example: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if task == "generate":
-        module = CausalLM(model)
-        past = module.example_past(batch=2, length=3)
-        example["attention_mask"] = torch.cat([torch.ones(2, 3, dtype=torch.int64), mask], dim=1)
-        example["position_ids"] = torch.arange(3, 10).repeat(2, 1)
-        return module, {**example, "past_key_values": past}
-    if task == "translate":
-        return SeqToSeq(model), {**example, "decoder_input_ids": ids[:, :4].clone()}
-    if "token_type_ids" in _parameters(model) and getattr(config, "type_vocab_size", 0) > 1:
-        example["token_type_ids"] = torch.zeros_like(ids)
-    return Text(model, task), example
+    return wrap(loaded.eval(), task)
 
 
 def _by_transformers(module: Text, example: dict[str, Any]) -> ir.Model:
@@ -208,125 +196,6 @@ def _by_transformers(module: Text, example: dict[str, Any]) -> ir.Model:
     graph.graph.outputs[:] = [outputs[name] for name in module.names]
     graph.graph.inputs[:] = [inputs[name] for name in example]
     return graph
-
-
-def _parameters(model: nn.Module) -> set[str]:
-    import inspect
-
-    return set(inspect.signature(model.forward).parameters)
-
-
-class Text(nn.Module):
-    """An encoder: token ids in; hidden states, class logits or answer spans out."""
-
-    outputs: ClassVar[dict[str, tuple[str, ...]]] = {
-        "embed": ("last_hidden_state",),
-        "tensors": ("last_hidden_state",),
-        "classify": ("logits",),
-        "answer": ("start_logits", "end_logits"),
-    }
-
-    def __init__(self, model: nn.Module, task: str) -> None:
-        super().__init__()
-        self.model, self.names = model, self.outputs[task]
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        token_type_ids: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """(B, S) ids to the task's outputs."""
-        extra = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask, **extra)
-        return {name: output[name] for name in self.names}
-
-
-class Pixels(nn.Module):
-    """A vision model: pixels in; hidden states or class logits out."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, C, H, W) pixels to the first output of the model."""
-        output = self.model(pixel_values=pixel_values)
-        name = "logits" if "logits" in output else "last_hidden_state"
-        return {name: output[name]}
-
-
-class SeqToSeq(nn.Module):
-    """An encoder-decoder: logits of every decoder position, without a cache."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        decoder_input_ids: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """(B, S) and (B, T) ids to (B, T, vocabulary) logits."""
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            use_cache=False,
-        )
-        return {"logits": output.logits}
-
-
-class CausalLM(nn.Module):
-    """A decoder with its cache as plain tensors: torch.onnx.export cannot take a DynamicCache."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def example_past(self, *, batch: int, length: int) -> list[dict[str, torch.Tensor]]:
-        """A random cache of the model's own layout, found by running it."""
-        with torch.no_grad(), quiet():
-            output = self.model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
-            cache = output.get("past_key_values")
-        rng = torch.Generator().manual_seed(1)
-
-        def like(t: torch.Tensor) -> torch.Tensor:
-            return torch.randn(batch, t.shape[1], length, t.shape[3], generator=rng)
-
-        layers = getattr(cache, "layers", [])
-        if not layers or not all(getattr(x, "keys", None) is not None for x in layers):
-            raise SourceError(
-                f"{type(self.model).__name__} keeps no key-value cache for each layer",
-                hint="export it as a factory, with its state as inputs and outputs",
-            )
-        return [{"key": like(x.keys), "value": like(x.values)} for x in layers]
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
-        past_key_values: list[dict[str, torch.Tensor]],
-    ) -> dict[str, Any]:
-        """(B, S) ids after P cached tokens to (B, S, vocabulary) logits and the longer cache."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for i, layer in enumerate(past_key_values):
-            cache.update(layer["key"], layer["value"], i)
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        layers: list[Any] = cache.layers
-        present = [{"key": x.keys, "value": x.values} for x in layers]
-        return {"logits": output.logits, "present": present}
 
 
 def _name_dims(source: Source) -> None:
@@ -376,6 +245,10 @@ def _tokenizer(path: Path, source: Source) -> bytes:
             where=str(path),
             hint="pip install 'onnxpress[hf]'",
         )
+    return str(_load_tokenizer(path).backend_tokenizer.to_str()).encode()
+
+
+def _load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     gguf = [p for p in checkpoint.weight_files(path) if p.suffix == ".gguf"]
@@ -383,14 +256,25 @@ def _tokenizer(path: Path, source: Source) -> bytes:
     where = gguf[0].parent if gguf else path
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(where), **options)
-            return str(tokenizer.backend_tokenizer.to_str()).encode()
+            return AutoTokenizer.from_pretrained(str(where), **options)
         except Exception as e:  # transformers raises every kind for what it cannot read
             raise SourceError(
                 f"the model's tokenizer cannot be read: {str(e).splitlines()[0]}",
                 where=str(path),
                 hint="add its tokenizer files, or export with --task tensors",
             ) from e
+
+
+def _chat(path: Path) -> dict[str, str]:
+    """One turn of a user as text, by the model's own chat template, where it has one."""
+    if importlib.util.find_spec("transformers") is None:
+        return {}
+    tokenizer = _load_tokenizer(path)
+    if not getattr(tokenizer, "chat_template", None):
+        return {}
+    turn = [{"role": "user", "content": "{prompt}"}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return {"chat": text} if "{prompt}" in text else {}
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -210,7 +210,7 @@ def state_sha256(module: torch.nn.Module) -> str:
             continue
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
         flat = t.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy())
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -16,11 +16,12 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import artifact
 from ..artifact import Manifest
-from ..errors import UsageError
+from ..errors import ArtifactError, ExportError, ProviderError, UsageError
 from .common import needs_export, reference_of
 from .proof import Finding, verify
 from .timing import bench, default_shapes, time_against
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ..exporter import Source
+    from ..runtime import Session
 
 __all__ = ["Finding", "bench", "export", "press", "verify"]
 
@@ -48,7 +50,8 @@ def export(
 ) -> Manifest:
     """Export a model, check it against PyTorch, and publish it as an artifact.
 
-    The graph is the portable one: ai.onnx ops only, cleaned, not lowered for any target.
+    The graph is the portable one: ai.onnx ops only, cleaned, its masks in the form that the CPU
+    kernel takes and that every other one takes too.
 
     Args:
         source: A Hugging Face directory or hub id, `package.module:factory`,
@@ -105,11 +108,13 @@ def _road(
     progress: Progress,
 ) -> Manifest:
     artifact.check_output(out, force=force)
+    _check_target(target_name)
     with needs_export():
         from .. import exporter, optimizers
         from ..optimizers.observers import from_environment
         from ..runtime import Session
-    target = _target(target_name)
+    target = optimizers.TARGETS["cpu"]
+    observers = from_environment()
     with artifact.stage(out, force=force) as staging:
         progress(f"read {spec}")
         source = exporter.resolve(spec, task=task, trust_pickle=trust_pickle)
@@ -119,12 +124,12 @@ def _road(
         reference = reference_of(source)
         if target_name or source.kind != "onnx":
             progress(f"optimize for {target_name or 'any target'}")
-            steps = optimizers.optimize(model, target, observers=from_environment())
+            steps = optimizers.optimize(model, target, observers=observers)
         else:
             steps = []
         progress("write the weights")
         artifact.save_model(model, staging.path)
-        session = Session(staging.path)
+        session = _open(Session, staging.path, spec)
         progress(f"check against {reference.name}")
         parity = exporter.check(
             reference, session.run, session.inputs, progress=lambda p: progress(f"  {p}")
@@ -166,15 +171,23 @@ def _road(
         return staging.publish(manifest)
 
 
-def _target(name: str | None) -> Any:
-    from ..optimizers import TARGETS
-
+def _check_target(name: str | None) -> None:
     if name not in (None, "cpu"):
         raise UsageError(
             f"the target {name!r} cannot be lowered for yet",
             hint="this version lowers for: cpu; `onnxpress export` writes a portable graph",
         )
-    return TARGETS["cpu"]
+
+
+def _open(session: type[Session], path: Path, spec: str) -> Session:
+    try:
+        return session(path)
+    except (ProviderError, ArtifactError) as e:  # `path` is about to go: name the source instead
+        raise ExportError(
+            f"ONNX Runtime does not open the graph: {e.what}",
+            where=spec,
+            hint="an op without a kernel: replace it in the module by others",
+        ) from e
 
 
 def _graph(source: Source) -> tuple[ir.Model, list[str]]:

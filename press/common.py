@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..artifact import TensorSpec
@@ -42,6 +43,14 @@ def reference_of(source: Source) -> Reference:
         prepare=lambda feeds: lambda: original.run(feeds),
         examples=random_feeds(original.inputs, sizes, high=dict.fromkeys(names, 2)),
     )
+
+
+def is_data(spec: str, kind: str) -> bool:
+    """Whether a source that a manifest names may be read without the user naming it.
+
+    An artifact may come from anyone: what it names must not make us run code or reach a network.
+    """
+    return kind in ("model", "onnx") or (kind == "huggingface" and Path(spec).exists())
 
 
 def symbols(inputs: Sequence[TensorSpec]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .. import artifact
 from ..artifact import Manifest
 from ..errors import ArtifactError, GateError, OnnxpressError
-from .common import needs_export, reference_of
+from .common import is_data, needs_export, reference_of
 
 if TYPE_CHECKING:
     from ..exporter import Parity
@@ -77,6 +77,10 @@ def _verify_parity(
     progress: Progress,
 ) -> Finding:
     spec = source or str(manifest.source["spec"])
+    if not source and not is_data(spec, manifest.source["kind"]):
+        return Finding(
+            "parity", None, f"{spec} is code or a hub's: name it with --source to run it"
+        )
     try:
         with needs_export():
             from .. import exporter

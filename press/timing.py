@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import artifact
 from ..errors import UsageError
-from .common import needs_export, reference_of, symbols
+from .common import is_data, needs_export, reference_of, symbols
 
 if TYPE_CHECKING:
     from ..exporter import Reference
@@ -73,6 +73,11 @@ def bench(
             from .. import exporter
         progress("read the source")
         spec = source or str(manifest.source["spec"])
+        if not source and not is_data(spec, manifest.source["kind"]):
+            raise UsageError(
+                f"the source {spec} is code or a hub's, and an artifact may come from anyone",
+                hint=f"name it yourself: --source {spec}",
+            )
         built = exporter.resolve(spec, task=manifest.task, trust_pickle=trust_pickle)
         if built.module is None:
             raise UsageError("the source is an ONNX file: there is no PyTorch to compare with")

@@ -195,7 +195,8 @@ class Generator(TextTask):
             turn = self.setting("chat", None)
             if not turn:
                 raise UsageError(
-                    "the artifact has no chat turn", hint="use a model trained to chat, or no chat"
+                    "the artifact has no chat turn",
+                    hint="press it with transformers installed, if it has a chat template",
                 )
             prompts = [prompts] if isinstance(prompts, str) else prompts
             prompts = [turn.replace("{prompt}", str(p)) for p in prompts]

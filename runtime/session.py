@@ -161,7 +161,7 @@ class Session:
     def _open(self, config: Mapping[str, str], *, save_as: Path | None = None) -> Any:
         threads, arena, optimize, extra = self._settings
         rt, options = self._rt, self._rt.SessionOptions()
-        options.log_severity_level = 3  # errors; what matters of the warnings, we check
+        options.log_severity_level = 4  # errors are raised, and told once, by us
         options.enable_cpu_mem_arena = options.enable_mem_pattern = arena
         if threads is not None:
             options.intra_op_num_threads = threads

@@ -87,7 +87,7 @@ class Tokenizer:
                     if not self.truncate:
                         raise InputError(
                             f"text {i} has {cut[-1]} tokens; the model takes {self.max_length}",
-                            hint="shorten it, or load with truncate=True to cut long texts",
+                            hint="shorten it, or let it be cut: truncate=True, no --no-truncate",
                         )
                 tokens.append(Tokens(e.ids, e.type_ids))
         if cut:
