@@ -73,7 +73,7 @@ def _common(command: Command) -> Command:
 @_common
 def export(source: str, out: str, as_json: bool, **options: Any) -> None:
     """Export SOURCE to a portable graph, checked against PyTorch."""
-    manifest = export_source(source, out, progress=show.progress(), **options)
+    manifest = export_source(source, out, progress=show.progress(as_json), **options)
     _published(manifest, out, as_json)
 
 
@@ -84,7 +84,7 @@ def export(source: str, out: str, as_json: bool, **options: Any) -> None:
               help="Do not time it against PyTorch.")  # fmt: skip
 def press(source: str, out: str, as_json: bool, **options: Any) -> None:
     """Export SOURCE, optimize it for a target, check it, measure it."""
-    manifest = press_source(source, out, progress=show.progress(), **options)
+    manifest = press_source(source, out, progress=show.progress(as_json), **options)
     _published(manifest, out, as_json)
 
 

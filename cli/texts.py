@@ -96,6 +96,8 @@ def feeds(found: Sequence[Any], inputs: Sequence[TensorSpec]) -> list[dict[str, 
     dtypes = {spec.name: spec.dtype for spec in inputs}
     out = []
     for i, record in enumerate(found):
+        if isinstance(record, str) and record.lstrip().startswith("{"):
+            record = next(_lines(record, f"record {i + 1}"))  # one that was given as an argument
         if not isinstance(record, dict):
             raise InputError(
                 f"record {i + 1} is no object of arrays by input name",
@@ -118,4 +120,5 @@ def npz(file: str) -> dict[str, Any]:
         with np.load(file, allow_pickle=False) as data:
             return {k: data[k] for k in data.files}
     except (OSError, ValueError) as e:
-        raise InputError(f"the file cannot be read: {e}", where=file) from None
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else e
+        raise InputError(f"the file cannot be read: {reason}", where=file) from None

@@ -20,6 +20,7 @@ from . import show, texts
 @click.argument("arguments", metavar="[TEXT]...", nargs=-1)
 @click.option("--input", "file", metavar="FILE", help="Lines of JSON or text, .npz, or - (stdin).")
 @click.option("--next-word", metavar="PROMPT", help="The likeliest next words and how likely.")
+@click.option("--chat", is_flag=True, help="Put each text into the model's chat turn.")
 @click.option("--question", metavar="TEXT", help="What an answer model looks for in the texts.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--no-truncate", is_flag=True, help="Refuse text that is too long for the model.")
@@ -31,8 +32,10 @@ def run(
 ) -> None:
     """Run DIR on texts, files or standard input."""
     manifest = artifact.read_manifest(directory)
-    if asked["next_word"] is not None and manifest.task != "generate":
-        raise UsageError(f"--next-word is for generate models, this one is for {manifest.task}")
+    for option, task in (("next_word", "generate"), ("chat", "generate"), ("question", "answer")):
+        if asked[option] and manifest.task != task:
+            name = option.replace("_", "-")
+            raise UsageError(f"--{name} is for {task} models, this one is for {manifest.task}")
     from .. import runtime
 
     with warnings.catch_warnings(record=True) as caught:
@@ -85,7 +88,7 @@ def _generate(model: Any, asked: dict[str, Any]) -> Any:
         yield from model.next_word(asked["next_word"])
         return
     given = texts.texts(texts.records(asked["arguments"], asked["file"]))
-    found = model.generate(given, max_new_tokens=asked["max_new_tokens"])
+    found = model.generate(given, max_new_tokens=asked["max_new_tokens"], chat=asked["chat"])
     yield from ({"text": t, "generated": g} for t, g in zip(given, found, strict=True))
 
 

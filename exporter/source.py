@@ -20,6 +20,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .. import models
+from ..artifact import MANIFEST
 from ..errors import SourceError
 
 if TYPE_CHECKING:
@@ -94,6 +95,12 @@ def resolve(spec: str, *, task: str | None = None, trust_pickle: bool = False) -
         return adopt.build(spec, task)
     if spec in models.names():
         return _named(spec, task)
+    if (path / MANIFEST).is_file():
+        raise SourceError(
+            "this is an artifact, not a source: it was pressed already",
+            where=spec,
+            hint="name what it was made of; `onnxpress inspect DIR` says what that was",
+        )
     if path.is_dir() or path.suffix == ".gguf":
         return huggingface.build(spec, path, task, trust_pickle=trust_pickle)
     if factory.looks_like(spec):
@@ -216,10 +223,10 @@ def state_sha256(module: torch.nn.Module) -> str:
 
 def _in_order(module: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     names = list(inspect.signature(module.forward).parameters)
-    rank: Callable[[str], int] = lambda n: names.index(n) if n in names else len(names)  # noqa: E731
-    return {name: kwargs[name] for name in sorted(kwargs, key=rank)}
+    known = [n for n in names if n in kwargs]
+    return {n: kwargs[n] for n in dict.fromkeys([*known, *kwargs])}
 
 
 def _kind(value: Any) -> str:
     inner = f" of {len(value)}" if isinstance(value, tuple | list) else ""
-    return f"{'an' if type(value).__name__[0] in 'aeiou' else 'a'} {type(value).__name__}{inner}"
+    return f"an object of type {type(value).__name__}{inner}"
