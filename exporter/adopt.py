@@ -31,6 +31,8 @@ def build(spec: str, task: str | None) -> Source:
         model = open_model(path)
     except ArtifactError as e:
         raise SourceError(e.what, where=spec) from e
+    if not model.graph.outputs:
+        raise SourceError("the file holds no graph", where=spec)
     opset = model.opset_imports.get("", 0)
     if opset > MAX_OPSET or (model.ir_version or 0) > MAX_IR_VERSION:
         raise SourceError(

@@ -249,23 +249,20 @@ def fix_output_shapes(model: ir.Model, source: Source) -> None:
 
     torch.export leaves the traced length in the declared shapes behind an LSTM.
     """
-    symbols = {
-        str(d.value): Axis(str(v.name), i)
-        for v in model.graph.inputs
-        for i, d in enumerate(v.shape or ())
-        if isinstance(d, ir.SymbolicDim) and _WORD.fullmatch(d.value or "")
-    }
+    symbols: dict[str, list[Axis]] = {}
+    for v in model.graph.inputs:
+        for i, d in enumerate(v.shape or ()):
+            if isinstance(d, ir.SymbolicDim) and _WORD.fullmatch(d.value or ""):
+                symbols.setdefault(str(d.value), []).append(Axis(str(v.name), i))
     if source.dims or not symbols or not any(n.op_type == "LSTM" for n in model.graph):
         return
     assert source.module is not None
-    for symbol in symbols:
-        axes = [
-            Axis(str(v.name), i)
-            for v in model.graph.inputs
-            for i, d in enumerate(v.shape or ())
-            if isinstance(d, ir.SymbolicDim) and d.value == symbol
-        ]
-        args, kwargs = _grown(source, axes, 3)
+    together = [axis for axes in symbols.values() for axis in axes]
+    for symbol, axes in symbols.items():
+        trials = (_grown(source, some, 3) for some in (axes, together))
+        args, kwargs = next((t for t in trials if _runs(source, *t)), (None, {}))
+        if args is None:
+            continue
         grown = dict(flatten_inputs(source, args, kwargs))
         size = grown[axes[0].input].shape[axes[0].at]
         leaves = [t for t in pytree.tree_leaves(source.module(*args, **kwargs)) if t is not None]

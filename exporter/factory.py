@@ -55,7 +55,7 @@ def build(spec: str, task: str | None) -> Source:
         raise SourceError(f"{spec} is no function", hint="def build(): return module, inputs")
     try:
         made = factory()
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise SourceError(
             f"the factory raised {type(e).__name__}: {e}", where=user_frames(e)
         ) from e

@@ -256,13 +256,21 @@ def _load_tokenizer(path: Path) -> Any:
     where = gguf[0].parent if gguf else path
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(str(where), **options)
+            tokenizer = AutoTokenizer.from_pretrained(str(where), **options)
         except Exception as e:  # transformers raises every kind for what it cannot read
             raise SourceError(
                 f"the model's tokenizer cannot be read: {str(e).splitlines()[0]}",
                 where=str(path),
                 hint="add its tokenizer files, or export with --task tensors",
             ) from e
+    # Of a directory without a vocabulary it makes one that knows no word.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise SourceError(
+            "the model has no tokenizer",
+            where=str(path),
+            hint="add its tokenizer.json, or export with --task tensors",
+        )
+    return tokenizer
 
 
 def _chat(path: Path) -> dict[str, str]:

@@ -101,7 +101,7 @@ def resolve(spec: str, *, task: str | None = None, trust_pickle: bool = False) -
             where=spec,
             hint="name what it was made of; `onnxpress inspect DIR` says what that was",
         )
-    if path.is_dir() or path.suffix == ".gguf":
+    if (spec and path.is_dir()) or path.suffix == ".gguf":
         return huggingface.build(spec, path, task, trust_pickle=trust_pickle)
     if factory.looks_like(spec):
         return factory.build(spec, task)
@@ -141,6 +141,12 @@ def from_factory(spec: str, kind: str, made: Any, task: str | None = None) -> So
     if not isinstance(module, torch.nn.Module):
         raise SourceError(
             f"the factory's first item is {_kind(module)}, not an nn.Module", where=where
+        )
+    if any(t.is_meta for t in module.state_dict().values() if isinstance(t, torch.Tensor)):
+        raise SourceError(
+            "the module has no weights: they are on the meta device",
+            where=where,
+            hint="load them in the factory",
         )
     if isinstance(example, torch.Tensor):
         example = (example,)

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import models
 from ..artifact import TensorSpec
-from ..errors import MissingPackage
+from ..errors import ArtifactError, MissingPackage, SourceError
 
 if TYPE_CHECKING:
     from ..exporter import Reference, Source
@@ -34,7 +35,10 @@ def reference_of(source: Source) -> Reference:
 
     if source.module is not None:
         return pytorch(source)
-    original = Session(source.spec, optimize=False)
+    try:
+        original = Session(source.spec, optimize=False)
+    except ArtifactError as e:  # it is no artifact yet, but what the user gave
+        raise SourceError(e.what, where=source.spec) from e
     sizes = {name: 2 + i for i, name in enumerate(symbols(original.inputs))}
     names = [spec.name for spec in original.inputs]
     return Reference(
@@ -45,12 +49,14 @@ def reference_of(source: Source) -> Reference:
     )
 
 
-def is_data(spec: str, kind: str) -> bool:
+def is_data(spec: str) -> bool:
     """Whether a source that a manifest names may be read without the user naming it.
 
     An artifact may come from anyone: what it names must not make us run code or reach a network.
+    So it is the spec that counts, as `exporter.resolve` reads it, and not the manifest's `kind`.
     """
-    return kind in ("model", "onnx") or (kind == "huggingface" and Path(spec).exists())
+    path = Path(spec)
+    return spec in models.names() or path.suffix in (".onnx", ".gguf") or path.is_dir()
 
 
 def symbols(inputs: Sequence[TensorSpec]) -> list[str]:

@@ -77,7 +77,7 @@ def _verify_parity(
     progress: Progress,
 ) -> Finding:
     spec = source or str(manifest.source["spec"])
-    if not source and not is_data(spec, manifest.source["kind"]):
+    if not source and not is_data(spec):
         return Finding(
             "parity", None, f"{spec} is code or a hub's: name it with --source to run it"
         )

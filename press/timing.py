@@ -73,7 +73,7 @@ def bench(
             from .. import exporter
         progress("read the source")
         spec = source or str(manifest.source["spec"])
-        if not source and not is_data(spec, manifest.source["kind"]):
+        if not source and not is_data(spec):
             raise UsageError(
                 f"the source {spec} is code or a hub's, and an artifact may come from anyone",
                 hint=f"name it yourself: --source {spec}",

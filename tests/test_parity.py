@@ -125,7 +125,7 @@ def test_drift_that_is_allowed_is_recorded(tamper, tmp_path):
     assert not parity["passed"]
     assert "output first" in parity["worst"]
     assert 1e-5 < float(parity["max_abs"]["first"]) < 1e-1
-    *_, found = verify(tmp_path / "out")
+    *_, found = verify(tmp_path / "out", source=SPEC)
     assert found.passed is False
     assert "drift was allowed" in found.detail
 

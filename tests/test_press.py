@@ -159,21 +159,50 @@ def test_verify_without_its_source_and_with_another(tmp_path, write):
     spec = write(CODE.format(0))
     out = tmp_path / "out"
     onnxpress.press(spec, out, measure=False)
-    assert parity_of(out).passed
+    assert parity_of(out, source=spec).passed
     file = Path(spec.removesuffix(":build"))
     moved = file.rename(tmp_path / "moved.py")
-    gone = parity_of(out)
-    assert gone.passed is None
-    assert "the source is not at hand: there is no such file" in gone.detail
+    with pytest.raises(SourceError, match="no such file"):
+        verify(out, source=spec)
     assert parity_of(out, source=f"{moved}:build").passed
     file.write_text(moved.read_text().replace("manual_seed(0)", "manual_seed(1)"))
+    with pytest.raises(GateError, match="weights are not those"):
+        verify(out, source=spec)
+
+
+def test_verify_of_data_that_is_gone_or_another(onnx_file, tmp_path):
+    out = tmp_path / "out"
+    onnxpress.export(str(onnx_file), out)
+    assert parity_of(out).passed
+    good = onnx_file.read_bytes()
+    model = ir.load(onnx_file)
+    model.graph.name = "another"
+    ir.save(model, onnx_file)
     other = parity_of(out)
     assert other.passed is None
     assert "other weights by now" in other.detail
-    with pytest.raises(GateError, match="weights are not those"):
-        verify(out, source=spec)
-    with pytest.raises(SourceError, match="no such file"):
-        verify(out, source=f"{tmp_path}/never.py:build")
+    onnx_file.unlink()
+    gone = parity_of(out)
+    assert gone.passed is None
+    assert "the source is not at hand: there is no such file" in gone.detail
+    onnx_file.write_bytes(good)
+    assert parity_of(out).passed
+
+
+@pytest.mark.parametrize("kind", ["factory", "model", "onnx", "huggingface"])
+def test_verify_runs_no_code_that_an_artifact_names(tmp_path, write, kind):
+    """Whatever kind of source its manifest claims: artifacts come from anyone."""
+    spec = write(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef build(): ...\n")
+    path = onnx_models.publish(tmp_path / "a", onnx_models.add_model())
+    raw = json.loads((path / "manifest.json").read_text())
+    raw["source"] = {"spec": spec, "kind": kind, "weights_sha256": ""}
+    (path / "manifest.json").write_text(json.dumps(raw))
+    found = parity_of(path)
+    assert found.passed is None
+    assert "name it with --source" in found.detail
+    with pytest.raises(UsageError, match="may come from anyone"):
+        bench(path, against="torch")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_verify_sees_another_computation_on_the_same_weights(tmp_path, write):
@@ -185,7 +214,7 @@ def test_verify_sees_another_computation_on_the_same_weights(tmp_path, write):
     text = file.read_text().replace("return nn.Linear", "return Twice")
     file.write_text(text.replace("def build", f"{code}\ndef build"))
     with pytest.raises(GateError, match="does not compute what torch"):
-        verify(tmp_path / "out")
+        verify(tmp_path / "out", source=spec)
 
 
 def test_verify_of_damage(encoder_tiny, tmp_path):
