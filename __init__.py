@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 # The function and its module share a name: bound here, once the module is imported, the
 # function stays, whoever imports the module later.
+from .errors import OnnxpressError
 from .press import export, press
 
 if TYPE_CHECKING:
     from .runtime import Session, load
 
-__all__ = ["Session", "export", "load", "press"]
+__all__ = ["OnnxpressError", "Session", "export", "load", "press"]
 
 
 def __getattr__(name: str) -> Any:

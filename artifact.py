@@ -9,21 +9,22 @@ without onnx in the process. Only `save_model` and `open_model` load onnx_ir.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import errno
 import hashlib
 import json
-import operator
 import os
-import re
+import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import kinds
+from .dimensions import evaluate as evaluate
+from .dimensions import is_symbol as is_symbol
 from .errors import ArtifactError, MissingPackage, OutputError
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Manifest:
         parity: What was compared, and how far apart it was; None where there was no reference.
         tools: Versions that made it.
         files: For each other file: `bytes` and `sha256`. Filled in by `Staging.publish`.
+        sha256: Of the manifest's own text without this field. Filled in by `Staging.publish`.
     """
 
     task: str
@@ -102,57 +104,21 @@ class Manifest:
     runtime: dict[str, Any] = field(default_factory=lambda: {"onnxruntime": ORT_RANGE})
     tools: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sha256: str = ""
     format: int = FORMAT
 
     def to_json(self) -> str:
         """The text of manifest.json: sorted keys, no clocks, no host names."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        return _text(asdict(self))
 
 
-# Dimensions ---------------------------------------------------------------------------------
-
-_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-}
+def _text(raw: dict[str, Any]) -> str:
+    return json.dumps(raw, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def is_symbol(dim: str) -> bool:
-    """Whether a dimension is a plain name, the same size wherever it stands."""
-    return re.search(r"[\s()+*/?-]", dim) is None
-
-
-def evaluate(dim: int | str, sizes: Mapping[str, int]) -> int | None:
-    """The size of a dimension where its names have these sizes.
-
-    Integers, names and + - * // are understood; anything else, and a name that is not in
-    `sizes`, gives None.
-    """
-    if isinstance(dim, int):
-        return dim
-    if is_symbol(dim):
-        return sizes.get(dim)
-    try:
-        return _value(ast.parse(dim.strip(), mode="eval").body, sizes)
-    except (SyntaxError, ZeroDivisionError):
-        return None
-
-
-def _value(node: ast.expr, sizes: Mapping[str, int]) -> int | None:
-    match node:
-        case ast.Constant(value=int(n)):
-            return n
-        case ast.Name(id=name):
-            return sizes.get(name)
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            value = _value(operand, sizes)
-            return None if value is None else -value
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            a, b = _value(left, sizes), _value(right, sizes)
-            return None if a is None or b is None else _OPERATORS[type(op)](a, b)
-    return None
+def _own_sha256(raw: dict[str, Any]) -> str:
+    rest = {name: value for name, value in raw.items() if name != "sha256"}
+    return hashlib.sha256(_text(rest).encode()).hexdigest()
 
 
 # Reading ------------------------------------------------------------------------------------
@@ -166,15 +132,17 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
             version of onnxpress reads.
     """
     path = Path(directory) / MANIFEST
+    again = "make the artifact again from its source"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+        own = _own_sha256(raw) if isinstance(raw, dict) else ""
     except FileNotFoundError:
         raise ArtifactError(
             "this is no onnxpress artifact: it has no manifest.json",
             where=str(directory),
             hint="make one with `onnxpress press SOURCE -o DIR`",
         ) from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ArtifactError(f"manifest.json cannot be read: {e}", where=str(path)) from None
     version = raw.get("format") if isinstance(raw, dict) else None
     if isinstance(version, int) and version > FORMAT:
@@ -183,32 +151,30 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
             where=str(path),
             hint="pip install --upgrade onnxpress",
         )
-    try:
-        specs = {
-            side: tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in raw[side])
-            for side in ("inputs", "outputs")
-        }
-        manifest = Manifest(**{**raw, **specs})
-        _check_kinds(manifest)
-        return manifest
-    except (TypeError, KeyError) as e:
+    if isinstance(raw, dict) and raw.get("sha256", own) != own:
         raise ArtifactError(
-            f"manifest.json is damaged: {e}",
+            "manifest.json was changed after it was published: its sha256 differs",
             where=str(path),
-            hint="make the artifact again from its source",
-        ) from None
+            hint=again,
+        )
+    if said := _complaint(raw):
+        raise ArtifactError(f"manifest.json is damaged: {said}", where=str(path), hint=again)
+    specs = {
+        side: tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in raw[side])
+        for side in ("inputs", "outputs")
+    }
+    return Manifest(**{**raw, **specs})
 
 
-def _check_kinds(manifest: Manifest) -> None:
-    """Raise TypeError where a field of a manifest is not of its kind: it may come from anyone."""
-    for name in ("source", "target", "settings", "ops", "runtime", "tools", "files"):
-        if not isinstance(getattr(manifest, name), dict):
-            raise TypeError(f"{name} is no object")
-    for name, f in manifest.files.items():
-        if not (isinstance(f, dict) and type(f.get("bytes")) is int and "sha256" in f):
-            raise TypeError(f"files says neither bytes nor sha256 of {name!r}")
-    if MODEL not in manifest.files:
-        raise TypeError(f"files does not list {MODEL}")
+def _complaint(raw: Any) -> str | None:
+    """What is wrong with the fields of a manifest, or None."""
+    if said := kinds.complaint(raw, kinds.MANIFEST):
+        return said
+    if unknown := sorted(raw.keys() - {f.name for f in fields(Manifest)}):
+        return f"this version knows no field {unknown[0]!r}"
+    if raw["format"] != FORMAT:
+        return f"there is no format {raw['format']}"
+    return None if MODEL in raw["files"] else f"files does not list {MODEL}"
 
 
 def check_files(directory: str | os.PathLike[str], manifest: Manifest, *, hashes: bool) -> None:
@@ -266,8 +232,8 @@ def sha256(*paths: str | os.PathLike[str]) -> str:
 class Staging:
     """A directory beside the output, filled file by file and then published in one rename."""
 
-    def __init__(self, path: Path, final: Path) -> None:
-        self.path, self.final = path, final
+    def __init__(self, path: Path, final: Path, *, force: bool = False) -> None:
+        self.path, self.final, self.force = path, final, force
         self.published = False
 
     def write(self, name: str, content: str | bytes) -> None:
@@ -276,31 +242,42 @@ class Staging:
         (self.path / name).write_bytes(data)
 
     def publish(self, manifest: Manifest) -> Manifest:
-        """Hash what is here, write the manifest, and rename the whole to its final name."""
+        """Hash what is here, write the manifest, and rename the whole to its final name.
+
+        Raises:
+            OutputError: The place was taken while this was being made.
+        """
         names = sorted(p.name for p in self.path.iterdir() if p.name not in (MANIFEST, MEASURED))
         files = {
             n: {"bytes": (self.path / n).stat().st_size, "sha256": sha256(self.path / n)}
             for n in names
         }
         manifest = replace(manifest, files=files)
+        manifest = replace(manifest, sha256=_own_sha256(asdict(manifest)))
         self.write(MANIFEST, manifest.to_json())
-        self.path.chmod(0o777 & ~_umask())  # mkdtemp made it private
+        read_manifest(self.path)  # what cannot be read is not published
+        check_output(self.final, force=self.force)  # again: the work took its time
         old = None
-        if self.final.exists():
+        if self.force and self.final.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{self.final.name}.old-", dir=self.final.parent))
         try:
             if old:
                 os.replace(self.final, old / "artifact")
-            os.rename(self.path, self.final)
-        except BaseException:  # Ctrl-C too: the old artifact is all there is
+            os.rename(self.path, self.final)  # onto nothing, or onto an empty directory
+        except BaseException as e:  # Ctrl-C too: the old artifact is all there is
             if old and not self.final.exists():
                 os.replace(old / "artifact", self.final)
+            if isinstance(e, OSError) and e.errno in _TAKEN:
+                raise OutputError("the output was taken meanwhile", where=str(self.final)) from None
             raise
         finally:
             if old:
                 shutil.rmtree(old, ignore_errors=True)
         self.published = True
         return manifest
+
+
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 @contextlib.contextmanager
@@ -318,14 +295,15 @@ def stage(final: str | os.PathLike[str], *, force: bool = False) -> Iterator[Sta
     check_output(final, force=force)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        path = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+        path = final.with_name(f".{final.name}.{secrets.token_hex(4)}")
+        path.mkdir()  # not mkdtemp's: the umask says who may read an artifact
     except OSError as e:
         raise OutputError(
             f"cannot write here: {e.strerror or e}",
             where=str(final.parent),
             hint="choose another directory with -o",
         ) from None
-    staging = Staging(path, final)
+    staging = Staging(path, final, force=force)
     try:
         yield staging
     except OSError as e:
@@ -350,16 +328,32 @@ def check_output(final: str | os.PathLike[str], *, force: bool = False) -> None:
     final = Path(final)
     if not (final.exists() or final.is_symlink()):
         return
-    empty = final.is_dir() and not any(final.iterdir())
-    if not empty and not (final / MANIFEST).is_file():
+    if final.is_dir() and not final.is_symlink() and not any(final.iterdir()):
+        return
+    if not (final / MANIFEST).is_file():
         raise OutputError(
             "the output exists and is no onnxpress artifact",
             where=str(final),
             hint="choose another directory with -o; --force replaces artifacts only",
         )
-    if not force and not empty:
+    if not force:
         raise OutputError(
             "the output exists", where=str(final), hint="add --force to replace the artifact"
+        )
+    hint = "choose another directory with -o, or remove it yourself"
+    try:
+        ours = {MANIFEST, MEASURED, *read_manifest(final).files}
+    except ArtifactError as e:
+        raise OutputError(
+            f"the output exists and is no artifact that can be read: {e.what}",
+            where=str(final),
+            hint=hint,
+        ) from None
+    if foreign := sorted({p.name for p in final.iterdir()} - ours):
+        raise OutputError(
+            f"the output holds {foreign[0]}, which is not of the artifact",
+            where=str(final),
+            hint=hint,
         )
 
 
@@ -390,9 +384,3 @@ def _onnx_ir() -> Any:
             "reading or writing a graph needs onnx_ir", hint="pip install 'onnxpress[export]'"
         ) from None
     return onnx_ir
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -5,12 +5,17 @@
     show.py    progress, tables and JSON on the terminal
     texts.py   texts and feeds from arguments, JSON lines, .npz files and standard input
 
-Exit codes: 0 done, 2 usage, 3 a gate refused, 4 provider, 5 artifact damaged.
+Exit codes: 0 done, 2 usage, 3 a gate refused, 4 provider, 5 artifact damaged, 130 and
+143 stopped by Ctrl-C and by SIGTERM.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -19,20 +24,42 @@ from ..errors import OnnxpressError
 from . import build, use
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which would otherwise end the process before anything is cleaned up."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may choose what a signal does
+        return
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would stop the cleaning up
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class _Group(click.Group):
     """A group that prints a user's mistake in one block, and a traceback only with --debug."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _terminable():
+                return super().invoke(ctx)
         except OnnxpressError as e:
             if ctx.params.get("debug"):
                 raise
             click.secho(f"error: {e}", fg="red", err=True)
             ctx.exit(e.exit_code)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as e:
             click.secho("stopped; nothing was published", fg="red", err=True)
-            ctx.exit(130)
+            ctx.exit(143 if isinstance(e, _Terminated) else 130)
         except BrokenPipeError:  # `onnxpress ... | head` closed our output: nobody is left to tell
             sys.stderr.close()
             ctx.exit(0)

@@ -96,7 +96,7 @@ def _published(manifest: Manifest, out: str, as_json: bool) -> None:
     for note in manifest.source["notes"]:
         click.echo(f"note: {note}")
     parity = manifest.parity or {}
-    worst = max(parity["max_abs"].values(), key=float)
+    worst = max(parity["max_abs"].values(), key=float, default=0.0)
     click.echo(
         f"{out}: {manifest.task}, {sum(manifest.ops.values())} nodes, "
         f"{len(parity['points'])} points against {parity['reference']}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def _read(file: str, name: str) -> str:
 
 
 def _lines(text: str, name: str) -> Iterator[Any]:
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines(): a text may hold U+2028, U+0085 and other ends of a line but \n.
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.removesuffix("\r")
         if not line.strip():
             continue
         if line.lstrip()[0] not in '{"':
@@ -92,7 +95,7 @@ def feeds(found: Sequence[Any], inputs: Sequence[TensorSpec]) -> list[dict[str, 
     """Each record's arrays: an object of nested lists by input name.
 
     Raises:
-        InputError: A record that is no object, or holds no numbers.
+        InputError: A record that is no object, or numbers that its input cannot hold.
     """
     dtypes = {spec.name: spec.dtype for spec in inputs}
     out = []
@@ -104,11 +107,38 @@ def feeds(found: Sequence[Any], inputs: Sequence[TensorSpec]) -> list[dict[str, 
                 f"record {i + 1} is no object of arrays by input name",
                 hint="the inputs are " + "; ".join(map(str, inputs)),
             )
-        try:
-            out.append({k: np.asarray(v, dtype=dtypes.get(k)) for k, v in record.items()})
-        except (ValueError, TypeError) as e:
-            raise InputError(f"record {i + 1} holds something besides numbers: {e}") from None
+        row = {}
+        for name, value in record.items():
+            try:
+                row[name] = _array(value, dtypes.get(name))
+            except (ValueError, TypeError) as e:
+                raise InputError(f"record {i + 1}, input {name!r}: {e}") from None
+        out.append(row)
     return out
+
+
+def _array(value: Any, dtype: str | None) -> Any:
+    """Nested lists as an array, without a change of any number: numpy would cut 1.9 to 1."""
+    if dtype in (None, "object"):
+        return np.asarray(value, dtype)
+    kind = np.dtype(dtype).kind
+    takes = (bool, int) if kind == "b" else (int, float)
+    items = np.asarray(value, object)
+    for item in items.flat:
+        if type(item) not in takes or (kind == "b" and item not in (0, 1)):
+            what = "lists of uneven lengths" if isinstance(item, list) else json.dumps(item)[:40]
+            besides = "true and false" if kind == "b" else "numbers"
+            raise ValueError(f"it holds something besides {besides}: {what}")
+        if kind in "iu" and isinstance(item, float) and not item.is_integer():
+            raise ValueError(f"{dtype} takes whole numbers, not {item}")
+    try:
+        with np.errstate(over="ignore"):
+            array = items.astype(dtype)
+            if kind == "f" and (np.isinf(array) != np.isinf(items.astype(float))).any():
+                raise OverflowError
+    except OverflowError:
+        raise ValueError(f"a number is too large for {dtype}, or below what it holds") from None
+    return array
 
 
 def npz(file: str) -> dict[str, Any]:
@@ -118,8 +148,8 @@ def npz(file: str) -> dict[str, Any]:
         InputError: It cannot be read.
     """
     try:
-        with np.load(file, allow_pickle=False) as data:
+        with open(file, "rb") as f, np.load(f, allow_pickle=False) as data:
             return {k: data[k] for k in data.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else e
         raise InputError(f"the file cannot be read: {reason}", where=file) from None

@@ -14,6 +14,8 @@ from .. import artifact
 from ..errors import MissingPackage, UsageError
 from . import show, texts
 
+MOST_IN_TABLE = 20  # texts of which a table of similarities still fits a terminal
+
 
 @click.command()
 @click.argument("directory", metavar="DIR")
@@ -58,11 +60,15 @@ def _embed(model: Any, asked: dict[str, Any]) -> Any:
         return
     for text, v in zip(given, vectors, strict=True):
         head = " ".join(f"{x:+.4f}" for x in v[:6])
-        yield f"{text!r}  ({len(v)}) {head} ..."
-    if len(given) > 1:
+        yield f"{_short(text)!r}  ({len(v)}) {head} ..."
+    if 1 < len(given) <= MOST_IN_TABLE:
         yield "cosine similarity"
         unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         yield from ("  ".join(f"{x:6.3f}" for x in row) for row in unit @ unit.T)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _classify(model: Any, asked: dict[str, Any]) -> Any:

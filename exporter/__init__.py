@@ -15,7 +15,9 @@ parity = check(pytorch(source), run, inputs)
 """
 
 from .capture import Capture, capture
-from .parity import Parity, Reference, check, pytorch, refuse
+from .dims import restate
+from .parity import Parity, check, refuse
+from .reference import Reference, pytorch
 from .source import TASKS, Source, resolve
 
 __all__ = [
@@ -29,4 +31,5 @@ __all__ = [
     "pytorch",
     "refuse",
     "resolve",
+    "restate",
 ]

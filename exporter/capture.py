@@ -18,11 +18,12 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch.utils import _pytree as pytree
 
 from ..errors import ExportError
 from .dims import Axis, find_shapes, fix_output_shapes, name_symbols, probe, widen
 from .factory import chain, user_frames
-from .names import flatten_inputs, flatten_outputs
+from .names import flatten_inputs, flatten_outputs, free_name
 from .source import Source, register
 
 OPSET = 23
@@ -61,6 +62,7 @@ def capture(source: Source) -> Capture:
                 where=user_frames(e),
             ) from e
         names = flatten_outputs(register(outputs))
+        _check_dtypes(source, outputs, names)
         model, fixed = _export_or_fall_back(source, notes)
         for axis, size in fixed:
             notes.append(
@@ -71,7 +73,7 @@ def capture(source: Source) -> Capture:
     _check_counts(model, [n for n, _ in inputs], names, source)
     _rename(model, [n for n, _ in inputs], names)
     with quiet(), torch.no_grad(), reference_mode():
-        name_symbols(model, source)
+        notes += name_symbols(model, source)
         fix_output_shapes(model, source)
     _strip(model)
     _check_ops(model)
@@ -111,7 +113,21 @@ def _export_or_fall_back(
             raise e from None
         notes.append(f"captured by transformers.exporters, since plain torch.export said: {e.what}")
         return model, []
+    for buffer in sorted(set(program.exported_program.graph_signature.buffers_to_mutate.values())):
+        notes.append(f"forward changes the buffer {buffer}; in the graph it stays as it was")
     return program.model, fixed
+
+
+def _check_dtypes(source: Source, outputs: Any, names: list[str]) -> None:
+    leaves = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+    given = [(f"the input {n!r}", t) for n, t in flatten_inputs(source)]
+    given += [(f"the output {n!r}", t) for n, t in zip(names, leaves, strict=True)]
+    for what, t in given:
+        if t.is_complex():
+            raise ExportError(
+                f"{what} is {t.dtype}: complex tensors are not of ONNX Runtime's kernels",
+                hint="return torch.view_as_real(x); take real tensors and torch.view_as_complex",
+            )
 
 
 def _export(source: Source) -> tuple[Any, list[tuple[Axis, int]]]:
@@ -204,7 +220,11 @@ def _rename(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:
             graph.outputs[i] = node.outputs[0]
         taken.add(graph.outputs[i])
     # An output called like an input (a cache passed through, say) gets a name of its own.
-    outputs = [f"{n}_out" if n in inputs else n for n in outputs]
+    free = {*inputs, *outputs}
+    for i, name in enumerate(outputs):
+        if name in inputs:
+            outputs[i] = free_name(f"{name}_out", free)
+            free.add(outputs[i])
     wanted = set(inputs) | set(outputs)
     ends = {id(v) for v in (*graph.inputs, *graph.outputs)}
     for value in _values(graph):

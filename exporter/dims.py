@@ -18,6 +18,7 @@ import torch
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from ..artifact import evaluate
 from .names import flatten_inputs
 from .source import Source
 
@@ -183,7 +184,7 @@ def _exported_sizes(source: Source, exported: Any) -> list[tuple[Axis, Any]]:
 _WORD = re.compile(r"[A-Za-z_]\w*")
 
 
-def name_symbols(model: ir.Model, source: Source) -> None:
+def name_symbols(model: ir.Model, source: Source) -> list[str]:
     """Call the dimensions batch, sequence, past_sequence, ... throughout the graph.
 
     Names that the user or the source gave stay. An axis 0 that all inputs share is the batch;
@@ -202,82 +203,132 @@ def name_symbols(model: ir.Model, source: Source) -> None:
                 names[symbol] = symbol  # a torch.export.Dim of the user's
             else:
                 names[symbol] = _guess(value, i, set(names.values()))
-    names |= {s: names[t] for s, t in _same(model, source).items()}
+    axes = _axes(model)
+    same = _same(source, axes)
+    names |= {s: names[t] for s, t in same.items()}
+    notes = []
+    for symbol, size in _stuck(source, axes, same).items():
+        notes.append(
+            f"{names[symbol]} is fixed at {size}: torch.export let it vary, PyTorch itself ran at "
+            "no other size"
+        )
+        names |= dict.fromkeys([symbol, *(s for s, t in same.items() if t == symbol)], str(size))
     for value in _all_values(model.graph):
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(d, names) for d in value.shape])
+    return notes
 
 
-def _same(model: ir.Model, source: Source) -> dict[str, str]:
+def _axes(model: ir.Model) -> dict[str, list[Axis]]:
+    """The axes that each symbol is the size of, or a term of the size of."""
+    axes: dict[str, list[Axis]] = {}
+    for value in model.graph.inputs:
+        for i, dim in enumerate(value.shape or ()):
+            if not isinstance(dim, int) and dim.value is not None:
+                for symbol in _WORD.findall(dim.value):
+                    axes.setdefault(symbol, []).append(Axis(str(value.name), i))
+    return axes
+
+
+def _grows(source: Source, axes: dict[str, list[Axis]], symbols: Iterable[str], by: int) -> bool:
+    return _runs(source, *_grown(source, {a for s in symbols for a in axes[s]}, by))
+
+
+def _same(source: Source, axes: dict[str, list[Axis]]) -> dict[str, str]:
     """Symbols that are one dimension: PyTorch runs when both grow and refuses when one does.
 
-    torch.export leaves them apart where only a reshape ties them (the batches of query and key).
+    torch.export leaves them apart where only a reshape ties them (the batches of query and key),
+    or nothing but a concatenation (the caches of all layers).
     """
     if source.dynamic_shapes is not None or source.dims:
         return {}
-    axes: dict[str, list[Axis]] = {}  # of each symbol, those of its sums included
-    alike: dict[tuple[int, int], list[str]] = {}  # symbols by traced size and position
-    for value in model.graph.inputs:
-        for i, dim in enumerate(value.shape or ()):
-            if isinstance(dim, int) or dim.value is None:
-                continue
-            axis = Axis(str(value.name), i)
-            for symbol in _WORD.findall(dim.value):
-                axes.setdefault(symbol, []).append(axis)
-            group = alike.setdefault((min(_sizes(source, [axis])), i), [])
-            if _WORD.fullmatch(dim.value) and dim.value not in group:
-                group.append(dim.value)
-
-    def grow(*symbols: str) -> bool:
-        return _runs(source, *_grown(source, {a for s in symbols for a in axes[s]}, 1))
-
+    alike: dict[tuple[int, int], list[str]] = {}  # by traced size and position
+    for symbol, where in axes.items():
+        alike.setdefault((min(_sizes(source, where)), min(a.at for a in where)), []).append(symbol)
     same: dict[str, str] = {}
     for symbols in alike.values():
-        tied = [s for s in symbols if len(symbols) > 1 and not grow(s)]
+        tied = [s for s in symbols if len(symbols) > 1 and not _grows(source, axes, [s], 1)]
         while len(tied) > 1:
             first, *rest = tied
-            partners = [s for s in rest if grow(first, s)]
-            if not partners and grow(*tied):
-                partners = rest  # the caches of all layers: no two of them may grow alone
+            partners = [s for s in rest if _grows(source, axes, [first, s], 1)]
+            if not partners and _grows(source, axes, tied, 1):
+                partners = rest  # no two of them may grow alone
             same |= dict.fromkeys(partners, first)
             tied = [s for s in rest if s not in partners]
     return same
 
 
-def fix_output_shapes(model: ir.Model, source: Source) -> None:
-    """Correct the shapes of outputs that vary where the graph says that they do not.
+def _stuck(source: Source, axes: dict[str, list[Axis]], same: dict[str, str]) -> dict[str, int]:
+    """Symbols that PyTorch takes at their traced size only, and that size."""
+    if source.dynamic_shapes is not None or source.dims:
+        return {}
+    stuck = {}
+    for symbol in (s for s in axes if s not in same):
+        group = [symbol, *(s for s, t in same.items() if t == symbol)]
+        size = min(_sizes(source, axes[symbol]))
+        # Doubled too: a size may have to be a multiple of something.
+        if not any(_grows(source, axes, group, by) for by in (1, 2, 3, 4, 8, size)):
+            stuck[symbol] = size
+    return stuck
 
-    torch.export leaves the traced length in the declared shapes behind an LSTM.
+
+def fix_output_shapes(model: ir.Model, source: Source) -> None:
+    """Correct declared shapes of outputs that are not those that PyTorch gives at other sizes.
+
+    torch.export leaves the traced length in the shapes behind an LSTM or a GRU.
     """
-    symbols: dict[str, list[Axis]] = {}
-    for v in model.graph.inputs:
-        for i, d in enumerate(v.shape or ()):
-            if isinstance(d, ir.SymbolicDim) and _WORD.fullmatch(d.value or ""):
-                symbols.setdefault(str(d.value), []).append(Axis(str(v.name), i))
-    if source.dims or not symbols or not any(n.op_type == "LSTM" for n in model.graph):
+    if source.dims:
         return
     assert source.module is not None
-    together = [axis for axes in symbols.values() for axis in axes]
-    for symbol, axes in symbols.items():
-        trials = (_grown(source, some, 3) for some in (axes, together))
+    axes = _axes(model)
+    together = {a for where in axes.values() for a in where}
+    wrong: dict[tuple[int, int], str] = {}
+    for grown, where in axes.items():
+        trials = (_grown(source, some, 3) for some in (where, together))
         args, kwargs = next((t for t in trials if _runs(source, *t)), (None, {}))
         if args is None:
             continue
-        grown = dict(flatten_inputs(source, args, kwargs))
-        size = grown[axes[0].input].shape[axes[0].at]
-        leaves = [t for t in pytree.tree_leaves(source.module(*args, **kwargs)) if t is not None]
-        for value, t in zip(model.graph.outputs, leaves, strict=True):
-            dims = list(value.shape or ())
-            for i, dim in enumerate(dims):
-                if isinstance(dim, int) and dim != t.shape[i]:
+        tensors = dict(flatten_inputs(source, args, kwargs))
+        sizes = {
+            str(d.value): tensors[str(v.name)].shape[i]
+            for v in model.graph.inputs
+            for i, d in enumerate(v.shape or ())
+            if isinstance(d, ir.SymbolicDim) and _WORD.fullmatch(d.value or "")
+        }
+        leaves = pytree.tree_leaves(source.module(*args, **kwargs))
+        tensors_out = [t for t in leaves if isinstance(t, torch.Tensor)]
+        for k, (value, t) in enumerate(zip(model.graph.outputs, tensors_out, strict=True)):
+            for i, dim in enumerate(value.shape or ()):
+                said = evaluate(dim if isinstance(dim, int) else str(dim.value), sizes)
+                if said is not None and said != t.shape[i]:
+                    same = [s for s, n in sizes.items() if n == t.shape[i]]
                     own = f"{re.sub(r'[^0-9a-zA-Z_]', '_', str(value.name))}_axis_{i}"
-                    dims[i] = ir.SymbolicDim(symbol if t.shape[i] == size else own)
-            value.shape = ir.Shape(dims)
+                    wrong[k, i] = grown if grown in same else same[0] if len(same) == 1 else own
+    for (k, i), name in wrong.items():
+        model.graph.outputs[k].shape[i] = ir.SymbolicDim(name)  # type: ignore[index]
+    if wrong:
+        forget_shapes(model)
+
+
+def restate(model: ir.Model, axes: Iterable[tuple[str, int]]) -> None:
+    """Give axes of outputs names of their own: their sizes follow from no other dimension."""
+    for value in model.graph.outputs:
+        for name, i in axes:
+            if value.name == name and value.shape is not None:
+                own = re.sub(r"\W", "_", name)
+                dims: list[Any] = list(value.shape)  # inferred shapes are frozen
+                dims[i] = ir.SymbolicDim(f"{own}_axis_{i}")
+                value.shape = ir.Shape(dims)
+    forget_shapes(model)
+
+
+def forget_shapes(model: ir.Model) -> None:
+    """Drop the shapes of interior values, to be inferred again: one was wrong, others may be."""
     outputs = set(model.graph.outputs)
     for node in model.graph.all_nodes():
         for value in node.outputs:
             if value not in outputs:
-                value.shape = None  # inferred again by the passes
+                value.shape = None
 
 
 def _guess(value: ir.Value, axis: int, taken: set[str]) -> str:
@@ -300,16 +351,17 @@ def _guess(value: ir.Value, axis: int, taken: set[str]) -> str:
 def _renamed(dim: int | ir.SymbolicDim, names: dict[str, str]) -> Any:
     if isinstance(dim, int) or dim.value is None:
         return dim
-    if str(dim.value).isdigit():  # torch.export writes some fixed sizes as text
-        return int(str(dim.value))
-    if str(dim.value) in names:
-        return ir.SymbolicDim(names[str(dim.value)])
-    long = {s: n if _WORD.fullmatch(n) else f"({n})" for s, n in names.items()}
-    text = _WORD.sub(lambda m: long.get(m[0], m[0]), str(dim.value))
-    terms = text.split(" + ")
-    if all(_WORD.fullmatch(t) for t in terms):  # one spelling for one size
-        text = " + ".join(sorted(terms))
-    return ir.SymbolicDim(text)
+    text = str(dim.value)
+    if text in names:
+        text = names[text]
+    else:
+        long = {s: n if n.isalnum() or _WORD.fullmatch(n) else f"({n})" for s, n in names.items()}
+        text = _WORD.sub(lambda m: long.get(m[0], m[0]), text)
+        terms = text.split(" + ")
+        if all(_WORD.fullmatch(t) for t in terms):  # one spelling for one size
+            text = " + ".join(sorted(terms))
+    size = int(text) if text.isdigit() else evaluate(text, {})  # where nothing in it varies
+    return ir.SymbolicDim(text) if size is None else size
 
 
 def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import re
@@ -54,7 +55,8 @@ def build(spec: str, task: str | None) -> Source:
     if not callable(factory):
         raise SourceError(f"{spec} is no function", hint="def build(): return module, inputs")
     try:
-        made = factory()
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is ours: JSON, tables
+            made = factory()
     except (Exception, SystemExit) as e:
         raise SourceError(
             f"the factory raised {type(e).__name__}: {e}", where=user_frames(e)
@@ -77,7 +79,8 @@ def _load_file(path: Path) -> ModuleType:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        spec.loader.exec_module(module)
+        with contextlib.redirect_stdout(sys.stderr):
+            spec.loader.exec_module(module)
     except OnnxpressError:
         raise
     except (Exception, SystemExit) as e:
@@ -91,7 +94,8 @@ def _load_module(name: str) -> ModuleType:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; a console script does not
     try:
-        return importlib.import_module(name)
+        with contextlib.redirect_stdout(sys.stderr):
+            return importlib.import_module(name)
     except ModuleNotFoundError as e:
         if e.name and name.split(".")[0] == e.name.split(".")[0]:
             raise SourceError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ def flatten_inputs(
         found += _leaves(name, value)
     for name, value in (source.kwargs if kwargs is None else kwargs).items():
         found += _leaves(name, value)
-    return [(n, t) for n, t in found if isinstance(t, torch.Tensor)]
+    tensors = [(n, t) for n, t in found if isinstance(t, torch.Tensor)]
+    return list(zip(_unique([n for n, _ in tensors]), (t for _, t in tensors), strict=True))
 
 
 def flatten_outputs(output: Any) -> list[str]:
@@ -60,7 +62,24 @@ def flatten_outputs(output: Any) -> list[str]:
             names.append(".".join(keys) if not keys[0].isdigit() else ".".join(["output", *keys]))
     if not names:
         raise ExportError("the module returns no tensor")
-    return names
+    return _unique(names)
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """The name, or where it is taken the name with _1, _2, ... behind it."""
+    free, count = name, 0
+    while free in taken:
+        count += 1
+        free = f"{name}_{count}"
+    return free
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """The names, each once: {"a.b": t, "a": {"b": u}} has a dotted name twice."""
+    found: list[str] = []
+    for i, name in enumerate(names):
+        found.append(free_name(name, {*found, *names[i + 1 :]}) if name in found else name)
+    return found
 
 
 def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:

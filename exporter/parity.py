@@ -1,51 +1,29 @@
 """The check of a graph against PyTorch, at points that it was not traced at, failing closed.
 
-A point is a size for every dimension that varies, and fresh values. The sizes: batch 1, length
-1, empty past, lengths past the traced one. The masks: ragged, and a fully masked row, in both
-polarities, since PyTorch itself uses both (1 is valid in `attention_mask`, padding in
-`key_padding_mask`). What PyTorch refuses at a point is no point; what PyTorch answers with NaN
-or infinity is not compared there, and counted.
+What PyTorch refuses at a point is no point; what PyTorch answers with NaN or infinity is not
+compared there, and counted.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch.utils import _pytree as pytree
 
 from ..artifact import TensorSpec, evaluate
 from ..errors import ExportError, GateError, OnnxpressError
-from .capture import quiet, reference_mode
-from .names import flatten_inputs
-from .source import Source
+from .points import Point, Points
+from .reference import Array, Feeds, Reference
 
-Array = npt.NDArray[Any]
-Feeds = dict[str, Array]
 Run = Callable[[Feeds], Mapping[str, Array]]
 
 AT_LEAST = 8
-# Largest difference allowed, relative to the largest magnitude of the output (at least 1).
+# What a value may be off, relative to itself and to the ordinary size of its output's values.
 TOLERANCE = {"float32": 5e-5, "float64": 5e-5, "float16": 5e-3, "bfloat16": 4e-2}
-
-
-@dataclass(frozen=True)
-class Point:
-    """Sizes of the named dimensions, and how masks are filled: full, ragged, or one row empty."""
-
-    dims: tuple[tuple[str, int], ...]
-    mask: str
-    spare: bool = False  # the traced sizes with fresh values, for models with little to vary
-
-    def __str__(self) -> str:
-        sizes = " ".join(f"{n}={v}" for n, v in self.dims) or "fixed shapes"
-        return sizes if self.mask == "full" else f"{sizes}, mask {self.mask}"
+FLOOR = 0.02  # added to that size: 1e-6 in float32, below which all is rounding
 
 
 @dataclass
@@ -60,7 +38,10 @@ class Parity:
         ratio: That difference as a share of what is allowed; past 1 the gate refuses.
         undefined: How many values PyTorch left NaN or infinite (they are not compared).
         compared: The outputs of which at least one value was compared.
-        refused: Points that PyTorch itself does not take.
+        refused: Points that the reference itself does not take.
+        constant: Inputs of integers that took one value at every point: nothing else ran.
+        misstated: Outputs and axes whose size was another one than the signature says.
+        fixed: Dimensions that took one size at every point, although the signature lets them vary.
     """
 
     reference: str
@@ -71,6 +52,9 @@ class Parity:
     undefined: int = 0
     compared: set[str] = field(default_factory=set)
     refused: list[str] = field(default_factory=list)
+    constant: list[str] = field(default_factory=list)
+    misstated: set[tuple[str, int]] = field(default_factory=set)
+    fixed: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -88,103 +72,22 @@ class Parity:
             "reference": self.reference,
             "points": [{"point": p, "max_abs": _round(d)} for p, d in self.points],
             "max_abs": {name: _round(d) for name, d in self.max_abs.items()},
-            "tolerance": "max |difference| <= t * max(1, max |reference|), t = "
-            + ", ".join(f"{t:g} for {d}" for d, t in TOLERANCE.items()),
+            "tolerance": "|difference| <= t * (|reference| + its ordinary size + "
+            f"{FLOOR:g}), t = " + ", ".join(f"{t:g} for {d}" for d, t in TOLERANCE.items()),
             "passed": self.passed,
             "worst": self.worst,
             "undefined": self.undefined,
+            "refused": self.refused,
+            "constant_inputs": self.constant,
+            "fixed_dimensions": self.fixed,
         }
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What a graph is held against.
-
-    Attributes:
-        name: Who computes it, for the manifest: "torch 2.13.0".
-        run: Feeds by name to the outputs in the graph's order; whatever it raises means that
-            it does not take these feeds.
-        prepare: Feeds by name to a call that computes the same and nothing else, to be timed.
-        examples: One value of each input: its dtype, its kind of values, and the sizes of the
-            dimensions that vary.
-        settle: Makes fresh feeds ones that can occur, where not every value can.
-        highs: Exclusive upper bounds of integer inputs.
-        limits: Largest sizes of dimensions.
-        least: Smallest sizes of dimensions.
-    """
-
-    name: str
-    run: Callable[[Feeds], Sequence[Array]]
-    prepare: Callable[[Feeds], Callable[[], object]]
-    examples: Feeds
-    settle: Callable[[Feeds], Feeds] = lambda feeds: feeds
-    highs: Mapping[str, int] = field(default_factory=dict)
-    limits: Mapping[str, int] = field(default_factory=dict)
-    least: Mapping[str, int] = field(default_factory=dict)
-
-
-def pytorch(source: Source) -> Reference:
-    """The source's module as a reference."""
-    module = source.module
-    assert module is not None
-    tensors = flatten_inputs(source)
-    names = {id(t): name for name, t in tensors}
-
-    def arguments(feeds: Feeds) -> Any:
-        def swap(leaf: Any) -> Any:
-            if id(leaf) not in names:
-                return leaf
-            return torch.from_numpy(feeds[names[id(leaf)]].copy()).to(leaf.dtype)
-
-        return pytree.tree_map(swap, (source.args, source.kwargs))
-
-    def run(feeds: Feeds) -> list[Array]:
-        args, kwargs = arguments(feeds)
-        with torch.no_grad(), reference_mode(), quiet():
-            output = module(*args, **kwargs)
-        return [_numpy(t) for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
-
-    def prepare(feeds: Feeds) -> Callable[[], object]:
-        args, kwargs = arguments(feeds)
-        return torch.inference_mode()(lambda: module(*args, **kwargs))
-
-    return Reference(
-        name=f"torch {torch.__version__.split('+')[0]}",
-        run=run,
-        prepare=prepare,
-        settle=lambda feeds: _written_past(source, run, feeds) if source.kv else feeds,
-        examples={name: _numpy(t) for name, t in tensors},
-        highs=source.highs,
-        limits=source.limits,
-        least=source.least,
-    )
-
-
-def _written_past(source: Source, run: Callable[[Feeds], list[Array]], feeds: Feeds) -> Feeds:
-    """Feeds with a cache that the model itself wrote, on as many fresh tokens before.
-
-    Random keys and values are nothing that a model ever meets: they drive its activations so
-    high that float32 rounding alone would pass the tolerance.
-    """
-    past = [name for name in feeds if name.startswith("past_key_values.")]
-    batch, _, length, _ = feeds[past[0]].shape
-    if not length:
-        return feeds
-    rng = np.random.default_rng(length)
-    prefix = {
-        **{name: feeds[name][:, :, :0] for name in past},
-        "input_ids": rng.integers(0, source.highs["input_ids"], size=(batch, length)),
-        "attention_mask": feeds["attention_mask"][:, :length],
-        "position_ids": np.broadcast_to(np.arange(length), (batch, length)).copy(),
-    }
-    given = {name: prefix[name] for name in feeds}
-    return {**feeds, **dict(zip(past, run(given)[1:], strict=True))}
 
 
 def check(
     reference: Reference,
     run: Run,
     inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec] = (),
     *,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
@@ -195,6 +98,7 @@ def check(
         reference: See `pytorch`.
         run: Runs the graph: numpy feeds by name to numpy outputs by name.
         inputs: The graph's inputs; the dimensions named there are the ones that vary.
+        outputs: The graph's outputs; what their shapes say is held against what comes out.
         seed: Of the fresh values; the same seed gives the same points and values.
         progress: Told each point.
 
@@ -202,18 +106,23 @@ def check(
         ExportError: The reference itself takes fewer points than `AT_LEAST`.
     """
     found = Parity(reference.name)
-    for point in _points(reference, inputs):
-        if point.spare and len(found.points) >= AT_LEAST:
+    points = Points(reference, inputs, seed=seed)
+    found.constant = points.constant()
+    seen: dict[str, set[int]] = {name: set() for name in points.traced}
+    for point in points:
+        if point.again and len(found.points) >= AT_LEAST:
             break
-        feeds = _feeds(point, inputs, reference, seed)
         try:
-            feeds = reference.settle(feeds)
+            feeds = points.feeds(point)
             want = reference.run(feeds)
         except Exception:  # whatever it raises: it does not take this point, so it is none
             found.refused.append(str(point))
             continue
         progress(str(point))
+        for name, size in point.dims:
+            seen[name].add(size)
         _compare(found, point, feeds, want, run)
+        _check_shapes(found, point, outputs, want)
     if len(found.points) < AT_LEAST:
         raise ExportError(
             f"{reference.name} ran at {len(found.points)} of the points to check at, "
@@ -223,6 +132,12 @@ def check(
         )
     if blank := sorted(set(found.max_abs) - found.compared):
         found.fail(f"of {', '.join(blank)} it computes NaN and infinity alone, at every point")
+    found.fixed = [f"{name}={min(s)}" for name, s in seen.items() if len(s) == 1]
+    if found.fixed and reference.strict:
+        found.fail(
+            f"{', '.join(found.fixed)} may vary in the signature, but {reference.name} took no "
+            "other size: nothing shows that the graph does"
+        )
     return found
 
 
@@ -237,105 +152,6 @@ def refuse(parity: Parity, *, what: str = "the graph") -> None:
             f"{what} does not compute what {parity.reference} computes: {parity.worst}",
             hint="nothing was published; --allow-drift publishes it with this in its manifest",
         )
-
-
-# Points -------------------------------------------------------------------------------------
-
-
-def _points(reference: Reference, inputs: Sequence[TensorSpec]) -> Iterator[Point]:
-    traced: dict[str, int] = {}
-    for spec in inputs:
-        for dim, size in zip(spec.shape, reference.examples[spec.name].shape, strict=True):
-            if isinstance(dim, str) and dim.isidentifier():
-                traced.setdefault(dim, size)
-    names = list(traced)
-    least, most = reference.least, reference.limits
-
-    def point(sizes: Mapping[str, int] | None = None, mask: str = "full") -> Point:
-        chosen = {**traced, **(sizes or {})}
-        within = {n: max(least.get(n, 0), min(most.get(n, v), v)) for n, v in chosen.items()}
-        return Point(tuple(within.items()), mask)
-
-    points = [point()]
-    if names:
-        batch, *rest = names
-        past = [n for n in rest if "past" in n]
-        short, longer = dict.fromkeys(rest, 1), {n: traced[n] + 3 for n in rest}
-        points += [
-            point({batch: 1}),
-            point(short),
-            point(longer),
-            point({batch: 1, **short}),
-            point({batch: traced[batch] + 1, **{n: 2 * traced[n] + 1 for n in rest}}),
-            point({batch: 1, **{n: 5 * traced[n] + 2 for n in rest}}),
-        ]
-        # One dimension at a time: two that are free of each other may have been tied.
-        points += [point({n: traced[n] + 2}) for n in rest]
-        points += [point({n: 0}) for n in past]
-        points += [point({batch: 1, n: 600}) for n in past]
-        if any(_is_mask(s) for s in inputs):
-            masks = ("ragged", "ragged left", "row 0 all 0", "row 0 all 1")
-            points += [point(mask=m) for m in masks]
-            points += [point(longer, "ragged")]
-    yield from dict.fromkeys(points)
-    sizes = tuple(traced.items())
-    yield from (Point(sizes, f"full, values {i}", spare=True) for i in range(1, AT_LEAST))
-
-
-def _is_mask(spec: TensorSpec) -> bool:
-    return "mask" in spec.name.lower() and not spec.dtype.startswith(("float", "bfloat"))
-
-
-def _feeds(point: Point, inputs: Sequence[TensorSpec], reference: Reference, seed: int) -> Feeds:
-    rng = np.random.default_rng([seed, zlib.crc32(str(point).encode())])
-    feeds = {}
-    for spec in inputs:
-        example = reference.examples[spec.name]
-        shape = [evaluate(dim, dict(point.dims)) for dim in spec.shape]
-        # An expression that we cannot read keeps the traced size; the reference judges it.
-        sizes = [n if s is None else s for s, n in zip(shape, example.shape, strict=True)]
-        if _is_mask(spec) and len(sizes) >= 2:
-            values = _mask(point.mask, sizes, rng)
-        else:
-            values = _fresh(example, sizes, rng, reference.highs.get(spec.name))
-        feeds[spec.name] = np.ascontiguousarray(values).astype(example.dtype)
-    return feeds
-
-
-def _mask(kind: str, shape: list[int], rng: np.random.Generator) -> Array:
-    mask = np.ones(shape, dtype=np.int64)
-    rows, length = shape[0], shape[-1]
-    if kind.startswith("ragged") and length:
-        lengths = rng.integers(1, length + 1, size=(rows, *[1] * (len(shape) - 1)))
-        valid = np.arange(length) < lengths
-        mask[:] = valid[..., ::-1] if kind.endswith("left") else valid
-    elif kind == "row 0 all 0" and rows:
-        mask[0] = 0
-    elif kind == "row 0 all 1":
-        mask[1:] = 0
-    return mask
-
-
-def _fresh(example: Array, shape: list[int], rng: np.random.Generator, high: int | None) -> Array:
-    """Values of the kind that the example holds, at another shape."""
-    if example.dtype == np.bool_:
-        return rng.integers(0, 2, size=shape).astype(bool)
-    if example.dtype.kind in "iu":
-        if not example.size:
-            return np.zeros(shape, dtype=np.int64)
-        low = 0 if high else int(example.min())
-        return rng.integers(low, high or int(example.max()) + 1, size=shape)
-    flat = example.astype(np.float64)
-    known = flat[np.isfinite(flat)]
-    if known.size < flat.size:
-        # An additive mask: infinities among finite values, and never a whole row of them.
-        values = np.where(rng.random(shape) < 0.3, -np.inf, 0.0)
-        values[..., :1] = 0.0
-        return values
-    spread = float(known.std()) if known.size > 1 else 1.0
-    mean = float(known.mean()) if known.size else 0.0
-    values = mean + (spread or 1.0) * rng.standard_normal(shape)
-    return np.abs(values) if known.size and float(known.min()) >= 0 else values
 
 
 # Comparing ----------------------------------------------------------------------------------
@@ -356,8 +172,17 @@ def _compare(found: Parity, point: Point, feeds: Feeds, want: Sequence[Array], r
     found.points.append((str(point), largest))
 
 
+def _check_shapes(
+    found: Parity, point: Point, outputs: Sequence[TensorSpec], want: Sequence[Array]
+) -> None:
+    for spec, wanted in zip(outputs, want, strict=False):
+        for i, (dim, size) in enumerate(zip(spec.shape, wanted.shape, strict=False)):
+            if evaluate(dim, dict(point.dims)) not in (None, size):
+                found.misstated.add((spec.name, i))
+
+
 def _difference(found: Parity, point: Point, name: str, have: Array, wanted: Array) -> float:
-    want = wanted.astype(np.float64)
+    want: Array = wanted.astype(np.float64)
     allowed = TOLERANCE.get(wanted.dtype.name, 0.0)
     if have.shape != want.shape:
         shapes = f"has shape {have.shape}, {found.reference} gives {want.shape}"
@@ -367,14 +192,17 @@ def _difference(found: Parity, point: Point, name: str, have: Array, wanted: Arr
     found.undefined += int(want.size - finite.sum())
     if finite.any() or not want.size:
         found.compared.add(name)
-    apart = np.where(finite, np.abs(have.astype(np.float64) - np.where(finite, want, 0.0)), 0.0)
-    apart = np.where(finite & ~np.isfinite(have.astype(np.float64)), np.inf, apart)
-    if not apart.size:
+    if not want.size:
         return 0.0
-    at = np.unravel_index(int(np.argmax(apart)), apart.shape)
-    worst = float(apart[at])
-    scale = max(1.0, float(np.abs(want[finite]).max())) if finite.any() else 1.0
-    limit = allowed * scale if allowed else 0.5  # integers and booleans are equal, or they are not
+    want = np.where(finite, want, 0.0)
+    got = have.astype(np.float64)
+    apart = np.where(finite, np.where(np.isfinite(got), np.abs(got - want), np.inf), 0.0)
+    if allowed:
+        limits = allowed * (np.abs(want) + _ordinary(want) + FLOOR)
+    else:  # integers and booleans are equal, or they are not
+        apart, limits = np.asarray(have != wanted, np.float64), np.full(want.shape, 0.5)
+    at = np.unravel_index(int(np.argmax(apart / limits)), apart.shape)
+    worst, limit = float(apart[at]), float(limits[at])
     if worst / limit > found.ratio:
         found.ratio = worst / limit
         position = ", ".join(str(int(i)) for i in at)
@@ -383,16 +211,19 @@ def _difference(found: Parity, point: Point, name: str, have: Array, wanted: Arr
             f"(allowed {limit:.3g}) at position [{position}]: {float(have[at]):.6g} against "
             f"{float(want[at]):.6g}"
         )
-    return worst
+    return float(apart.max())
 
 
-def _numpy(t: torch.Tensor) -> Array:
-    t = t.detach()
-    if t.dtype == torch.bfloat16:
-        import ml_dtypes
+def _ordinary(want: Array) -> float:
+    """The size of an output's values, the largest of those that are not out of all proportion.
 
-        return np.asarray(t.view(torch.uint16).numpy().view(ml_dtypes.bfloat16))
-    return np.asarray(t.numpy())
+    One column of "minus infinity" (-1e9, -3.4e38) would let any error pass elsewhere, and next to
+    probabilities of 1e-5 an error of 1e-5 is not small.
+    """
+    sizes = np.abs(want[want != 0])
+    if not sizes.size:
+        return 0.0
+    return float(sizes[sizes <= 1e3 * np.median(sizes)].max())
 
 
 def _round(value: float) -> float | str:

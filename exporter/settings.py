@@ -62,14 +62,25 @@ def settings(task: str, path: Path, config: dict[str, Any]) -> dict[str, Any]:
     if task == "embed":
         found |= _pooling(folder)
     elif task == "classify":
-        labels = config.get("id2label") or {}
-        names = [labels[k] for k in sorted(labels, key=int)]
-        # transformers' own pipeline takes one label for a yes or no, too.
-        multi = config.get("problem_type") == "multi_label_classification" or len(names) == 1
-        found |= {"labels": names, "problem": "multi" if multi else "single"}
+        found |= _labels(config)
     elif task in ("generate", "translate"):
         found |= _generation(folder, config, task)
     return found
+
+
+def _labels(config: dict[str, Any]) -> dict[str, Any]:
+    labels = config.get("id2label") or {}
+    names = [labels[k] for k in sorted(labels, key=int)]
+    if not names:  # transformers leaves its default of two labels out of config.json
+        names = [f"LABEL_{i}" for i in range(int(config.get("num_labels") or 2))]
+    # As transformers' own pipeline does; to it one label is a yes or no, too.
+    kind = config.get("problem_type")
+    if kind == "regression":
+        problem = "regression"
+    else:
+        multi = kind == "multi_label_classification" or len(names) == 1
+        problem = "multi" if multi else "single"
+    return {"labels": names, "problem": problem}
 
 
 def _pooling(folder: Path) -> dict[str, Any]:
@@ -101,7 +112,30 @@ def _pooling(folder: Path) -> dict[str, Any]:
             where=str(folder / at / "config.json"),
             hint="mean, cls or max, one of them",
         )
-    return {"pooling": chosen[0], "normalize": "Normalize" in kinds}
+    prompt = _prompt(folder)
+    if prompt and pooling.get("include_prompt") is False:
+        raise SourceError(
+            "the pooling leaves the tokens of the prompt out, which is not supported",
+            where=str(folder / at / "config.json"),
+            hint="include_prompt must be true, or default_prompt_name null",
+        )
+    found = {"pooling": chosen[0], "normalize": "Normalize" in kinds}
+    return {**found, "prompt": prompt} if prompt else found
+
+
+def _prompt(folder: Path) -> str:
+    """What sentence-transformers puts before every text where it is not told otherwise."""
+    config = _read(folder / "config_sentence_transformers.json") or {}
+    name = config.get("default_prompt_name")
+    if name is None:
+        return ""
+    prompts = config.get("prompts") or {}
+    if name not in prompts:
+        raise SourceError(
+            f"the default prompt {name!r} is none of the model's: {', '.join(prompts) or 'none'}",
+            where=str(folder / "config_sentence_transformers.json"),
+        )
+    return str(prompts[name] or "")
 
 
 def _generation(folder: Path, config: dict[str, Any], task: str) -> dict[str, Any]:

@@ -18,14 +18,6 @@ from .outcome import Outcome
 LOWEST = float(np.finfo(np.float32).min)
 SOFT = -3.3e38  # added to any score it still is the score of a key that nobody attends to
 
-# What lies between a mask's constant and the Attention; their results scale with the constant.
-THROUGH = frozenset(
-    (
-        *("Add", "And", "Cast", "Concat", "Expand", "Identity", "Max", "Min", "Mul", "Reshape"),
-        *("Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"),
-    )
-)
-
 
 class SoftenAttentionMask(ir.passes.InPlacePass):
     """Keep the lowest float out of attention masks.
@@ -34,69 +26,99 @@ class SoftenAttentionMask(ir.passes.InPlacePass):
     mask = Where(valid, 0.0, -3.4028235e38)
     y = Attention(q, k, v, mask)
     ->
-    mask = Where(valid, 0.0, -3.3e38)
-    y = Attention(q, k, v, mask)
+    mask = Where(valid, 0.0, -3.4028235e38)
+    lowest = Equal(mask, -3.4028235e38)
+    soft = Where(lowest, -3.3e38, mask)
+    y = Attention(q, k, v, soft)
     ```
 
-    Only where the constant is read on its way to a mask; other readers keep the old one. A mask
-    that comes in as an input of the graph is the caller's, and is declined with a note.
+    The constant itself is left alone, since the mask's own computation may compare with it; and
+    minus infinity stays what it is. One pair of nodes serves all layers that share a mask. Only
+    float masks in whose making the lowest float can be are touched: a constant that holds it, or
+    an input of the graph.
     """
 
     def call(self, model: ir.Model) -> Outcome:
-        """Walk back from every mask to the constants that it is made of."""
-        hits, notes = 0, []
+        """Visit Attention nodes in order: the first of several layers carries the nodes."""
         soft: dict[ir.Value, ir.Value] = {}
-        seen: set[ir.Value] = set()
+        hits = 0
         for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
             if node.op_type != "Attention" or node.domain != "" or len(node.inputs) <= MASK:
                 continue
             mask = node.inputs[MASK]
-            if mask is None or mask.dtype == ir.DataType.BOOL:
+            if mask is None or mask.dtype not in (None, ir.DataType.FLOAT):
                 continue
-            if mask.is_graph_input():
-                notes.append(
-                    f"Attention {node.name!r}: mask {mask.name!r} is an input; a row of "
-                    f"{LOWEST:.8g} throughout would count as -inf"
-                )
-                continue
-            hits += _soften(node, MASK, soft, seen)
+            if mask not in soft:
+                if _is_soft(mask) or not _may_be_lowest(mask):
+                    continue
+                soft[mask] = _soften(mask, node)
+            node.replace_input_with(MASK, soft[mask])
+            hits += 1
         if hits:
             common.NameFixPass()(model)
-        return Outcome(model, bool(hits), hits=hits, notes=tuple(dict.fromkeys(notes)))
+        return Outcome(model, bool(hits), hits=hits)
 
 
-def _soften(node: ir.Node, index: int, soft: dict[ir.Value, ir.Value], seen: set[ir.Value]) -> int:
-    """Replace the lowest float in what flows into one input of `node`; how many inputs changed."""
-    value = node.inputs[index]
-    if value is None:
-        return 0
-    if value.is_initializer():
-        if value not in soft:
-            softened = _softened(value)
-            if softened is None:
-                return 0
-            soft[value] = softened
-        node.replace_input_with(index, soft[value])
-        return 1
-    producer = value.producer()
-    if producer is None or producer.op_type not in THROUGH or value in seen:
-        return 0
-    seen.add(value)
-    return sum(_soften(producer, i, soft, seen) for i in range(len(producer.inputs)))
+def _may_be_lowest(mask: ir.Value) -> bool:
+    """Whether the lowest float, or a float that we do not know, flows into the mask."""
+    todo, seen = [mask], set[ir.Value]()
+    while todo:
+        value = todo.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        if value.const_value is not None:
+            if value.dtype == ir.DataType.FLOAT and _holds_lowest(value.const_value):
+                return True
+        elif value.producer() is None:
+            if value.dtype in (None, ir.DataType.FLOAT):
+                return True
+        else:
+            todo += [v for v in _inputs(value) if v is not None]
+    return False
 
 
-def _softened(value: ir.Value) -> ir.Value | None:
-    """A constant with the lowest float replaced, or None where it holds none."""
-    tensor = value.const_value
-    if tensor is None or tensor.dtype != ir.DataType.FLOAT:
-        return None
-    array = tensor.numpy()
-    if not (array == np.float32(LOWEST)).any():
-        return None
-    name = f"{value.name}_soft"
-    new = ir.tensor(np.where(array == np.float32(LOWEST), np.float32(SOFT), array), name=name)
-    made = ir.Value(name=name, const_value=new)
-    made.shape, made.type = value.shape, value.type
-    assert value.graph is not None
-    value.graph.register_initializer(made)
-    return made
+def _inputs(value: ir.Value) -> tuple[ir.Value | None, ...]:
+    """What a value is made of; of a shape nothing is, whatever it is the shape of."""
+    node = value.producer()
+    return () if node is None or node.op_type in ("Shape", "Size") else tuple(node.inputs)
+
+
+def _holds_lowest(tensor: ir.TensorProtocol) -> bool:
+    # A mask's own constants are scalars or squares; large ones are weights, and stay on disk.
+    return tensor.size <= 1 << 22 and bool((tensor.numpy() == np.float32(LOWEST)).any())
+
+
+def _is_soft(mask: ir.Value) -> bool:
+    """Whether the mask was made by this pass."""
+    node = mask.producer()
+    if node is None or node.op_type != "Where" or node.inputs[1] is None:
+        return False
+    constant = node.inputs[1].const_value
+    return constant is not None and constant.size == 1 and float(constant.numpy()) == _FLOAT32_SOFT
+
+
+_FLOAT32_SOFT = float(np.float32(SOFT))
+
+
+def _soften(mask: ir.Value, node: ir.Node) -> ir.Value:
+    """The mask without the lowest float, made before `node`."""
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    equal = ir.node("Equal", [mask, _scalar(graph, f"{mask.name}_lowest", LOWEST)])
+    high = _scalar(graph, f"{mask.name}_soft_value", SOFT)
+    where = ir.node("Where", [equal.outputs[0], high, mask])
+    equal.outputs[0].name, where.outputs[0].name = f"{mask.name}_is_lowest", f"{mask.name}_soft"
+    equal.outputs[0].shape, where.outputs[0].shape = mask.shape, mask.shape
+    equal.outputs[0].type = ir.TensorType(ir.DataType.BOOL)
+    where.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    graph.insert_before(node, [equal, where])
+    return where.outputs[0]
+
+
+def _scalar(graph: ir.Graph, name: str, number: float) -> ir.Value:
+    tensor = ir.tensor(np.float32(number), name=name)
+    value = ir.Value(name=name, const_value=tensor)
+    value.shape, value.type = ir.Shape(()), ir.TensorType(ir.DataType.FLOAT)
+    graph.register_initializer(value)
+    return value

@@ -15,13 +15,15 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import artifact
 from ..artifact import Manifest
-from ..errors import ArtifactError, ExportError, ProviderError, UsageError
+from ..errors import ArtifactError, ExportError, OnnxpressError, ProviderError, UsageError
 from .common import needs_export, reference_of
 from .proof import Finding, verify
 from .timing import bench, default_shapes, time_against
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from ..exporter import Source
     from ..runtime import Session
+    from ..runtime.tasks import TextTask
 
 __all__ = ["Finding", "bench", "export", "press", "verify"]
 
@@ -132,8 +135,16 @@ def _road(
         session = _open(Session, staging.path, spec)
         progress(f"check against {reference.name}")
         parity = exporter.check(
-            reference, session.run, session.inputs, progress=lambda p: progress(f"  {p}")
+            reference,
+            session.run,
+            session.inputs,
+            session.outputs,
+            progress=lambda p: progress(f"  {p}"),
         )
+        if parity.misstated:
+            exporter.restate(model, parity.misstated)
+            artifact.save_model(model, staging.path)
+            session = _open(Session, staging.path, spec)
         if not allow_drift:
             exporter.refuse(parity, what="the optimized graph" if target_name else "the graph")
         for name, content in source.files.items():
@@ -152,7 +163,7 @@ def _road(
             },
             target={
                 "provider": target_name or "any",
-                "precision": target.precision,
+                "precision": _precision(model) or target.precision,
                 "opset": model.opset_imports.get("", 0),
             },
             inputs=session.inputs,
@@ -167,6 +178,10 @@ def _road(
             parity={**parity.summary(), "allowed_drift": allow_drift and not parity.passed},
             tools=_tools(source.kind),
         )
+        if source.task != "tensors":
+            progress("try the task")
+            session.manifest = manifest
+            _try_task(session, source.task, spec)
         progress("publish")
         return staging.publish(manifest)
 
@@ -188,6 +203,50 @@ def _open(session: type[Session], path: Path, spec: str) -> Session:
             where=spec,
             hint="an op without a kernel: replace it in the module by others",
         ) from e
+
+
+def _try_task(session: Session, task: str, spec: str) -> None:
+    """Run the task on one short text: a label or a tokenizer that does not fit shows only then."""
+    from .. import runtime
+
+    text = "a"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", runtime.TruncationWarning)
+            match runtime.task_of(session, task):
+                case runtime.Embedder() as t:
+                    t.embed(text)
+                case runtime.Classifier() as t:
+                    t.classify(text)
+                case runtime.Translator() as t:
+                    t.translate(text, max_new_tokens=2)
+                # Of these, the tokenizer may not know the text, and then there is nothing to run.
+                case runtime.Answerer() as t if _knows(t, text):
+                    t.answer(text, text)
+                case runtime.Generator() as t if _knows(t, text):
+                    t.generate(text, max_new_tokens=2)
+    except Exception as e:  # whatever it raises, it would raise for whoever runs the artifact
+        what = e.what if isinstance(e, OnnxpressError) else f"{type(e).__name__}: {e}"
+        raise ExportError(
+            f"the artifact does not run as its task, {task}: {what}",
+            where=spec,
+            hint="mend the files of the model that say it, or export it with --task tensors",
+        ) from e
+
+
+def _knows(task: TextTask, text: str) -> bool:
+    return bool(len(task.tokenizer.encode(text, special=False)[0]))
+
+
+def _precision(model: ir.Model) -> str | None:
+    """The precision of most bytes of the weights, or None where no weight is of floats."""
+    names = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "DOUBLE": "fp64"}
+    found: Counter[str] = Counter()
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype.name in names:
+            found[names[tensor.dtype.name]] += tensor.nbytes
+    return found.most_common(1)[0][0] if found else None
 
 
 def _graph(source: Source) -> tuple[ir.Model, list[str]]:

@@ -96,7 +96,7 @@ def _verify_parity(
             raise GateError(
                 "the source's weights are not those that the artifact was made of",
                 where=spec,
-                hint="press it again, or name the source as it was",
+                hint="name the source as it was; a factory of random weights needs a manual_seed",
             )
         return Finding("parity", None, f"{spec} has other weights by now: not compared")
     progress(f"check against {reference.name}")

@@ -84,8 +84,13 @@ def load(
             hint="pip install --upgrade onnxpress, or open it with runtime.Session",
         )
     session = Session(path, provider=provider, threads=threads, **session_options)
-    if manifest.task == "tensors":
+    return task_of(session, manifest.task, truncate=truncate)
+
+
+def task_of(session: Session, task: str, *, truncate: bool = True) -> Task | Session:
+    """An open session with a manifest as the task of that name; "tensors" is the session."""
+    if task == "tensors":
         return session
-    if manifest.task in _TRUNCATING:
-        return _TASKS[manifest.task](session, truncate=truncate)
-    return _TASKS[manifest.task](session)
+    if task in _TRUNCATING:
+        return _TASKS[task](session, truncate=truncate)
+    return _TASKS[task](session)

@@ -67,14 +67,15 @@ def _cores() -> int:
 def _onnxruntime() -> Check:
     have = {n: v for n in ("onnxruntime", "onnxruntime-gpu") if (v := _version(n))}
     if not have:
-        return Check("onnxruntime", False, "not installed", "pip install 'onnxpress[cpu]'")
+        fix = _pip_line("cpu", ["onnxruntime"])
+        return Check("onnxruntime", False, "not installed", fix)
     detail = ", ".join(f"{n} {v}" for n, v in have.items())
     if len(have) > 1:
         return Check(
             "onnxruntime",
             False,
             f"{detail}: both provide one module, and the later one hides the other",
-            "pip uninstall -y onnxruntime onnxruntime-gpu; pip install 'onnxpress[cpu]'",
+            f"pip uninstall -y onnxruntime onnxruntime-gpu; {_pip_line('cpu', ['onnxruntime'])}",
         )
     name, version = next(iter(have.items()))
     low, high = (_numbers(part) for part in ORT_RANGE.split(","))
@@ -104,10 +105,18 @@ def _extra(name: str) -> Check:
     versions = {p: _version(p) for p in packages}
     missing = [p for p, v in versions.items() if not v]
     if missing:
-        fix = f"pip install 'onnxpress[{name}]'"
+        fix = _pip_line(name, missing)
         return Check(f"extra {name}", False, f"{purpose}: no {', '.join(missing)}", fix)
     have = ", ".join(f"{p} {v}" for p, v in versions.items())
     return Check(f"extra {name}", True, f"{purpose}: {have}")
+
+
+def _pip_line(extra: str, missing: list[str]) -> str:
+    """The pip line for the missing packages of an extra, with the versions that we declare."""
+    declared = importlib.metadata.requires("onnxpress") or []
+    wanted = {r.split(";")[0].strip() for r in declared if f'extra == "{extra}"' in r}
+    lines = [r for p in missing for r in wanted if re.split(r"[<>=!~ \[]", r)[0] == p]
+    return "pip install " + " ".join(f"'{r}'" for r in lines or missing)
 
 
 def _version(package: str) -> str | None:

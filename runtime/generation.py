@@ -13,6 +13,8 @@ from .signature import Array
 from .tasks import TextTask, softmax
 from .tokenization import Tokens
 
+_ENDLESS = int(np.iinfo(np.int64).max)  # the context of a model that has no positions to run out
+
 
 class Word(TypedDict):
     """One possible next token: its text, its id and its probability."""
@@ -27,7 +29,8 @@ class Generator(TextTask):
 
     Graph: input_ids, attention_mask, position_ids and past_key_values in, logits and present
     out; `manifest.kv` names the cache. Settings: `eos_token_ids`, `pad_token_id`,
-    `bos_token_id`, `context_length`, and `chat` (one user turn as text, with {prompt} in it).
+    `bos_token_id`, `context_length` (None: no limit), and `chat` (one user turn as text, with
+    {prompt} in it).
 
     Raises:
         ArtifactError: The manifest says nothing of the cache, or lacks a setting.
@@ -51,7 +54,7 @@ class Generator(TextTask):
         self._outputs = ["logits", *(kv["present"].format(**p) for p in places)]
         self._heads, self._dim, self._dtype = kv["kv_heads"], kv["head_dim"], kv["dtype"]
         self._eos = np.array(self.setting("eos_token_ids"), np.int64)
-        self._context: int = self.setting("context_length")
+        self._context: int = self.setting("context_length") or _ENDLESS
 
     def generate(
         self,

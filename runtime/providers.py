@@ -37,7 +37,7 @@ class Provider:
     booleans: tuple[str, str] = ("0", "1")
 
 
-_GPU = "pip uninstall onnxruntime; pip install 'onnxpress[gpu]'"
+_GPU = "pip uninstall -y onnxruntime; pip install 'onnxruntime-gpu>=1.31,<1.33'"
 
 PROVIDERS: dict[str, Provider] = {
     "cpu": Provider("CPUExecutionProvider", "pip install 'onnxpress[cpu]'"),

@@ -15,7 +15,7 @@ from .tokenization import Tokenizer, Tokens, check_texts, open_tokenizer, pad
 
 
 class Label(TypedDict):
-    """One label and its probability."""
+    """One label and its probability; of a regression, its value."""
 
     label: str
     score: float
@@ -86,7 +86,7 @@ class Embedder(TextTask):
     """Texts to vectors.
 
     Settings: `pooling` ("mean", "cls", "max", or None where the graph pools), `normalize`,
-    `max_length`, `pad_token_id`.
+    `max_length`, `pad_token_id`, and `prompt` (put before every text) where the model has one.
     """
 
     def embed(self, texts: str | Sequence[str], *, batch_size: int = 32) -> Array:
@@ -100,6 +100,8 @@ class Embedder(TextTask):
         spec = next((o for o in self.session.outputs if o.name == output), None)
         if spec is None:
             raise ArtifactError(f"the graph has no output {output!r}, for pooling {pooling!r}")
+        if prompt := self.setting("prompt", None):
+            texts = [f"{prompt}{text}" for text in check_texts(texts)]
         tokens = self.tokenizer.encode(texts)
         dim = spec.shape[-1] if isinstance(spec.shape[-1], int) else 0
         vectors = np.zeros((len(tokens), dim), np.float32)
@@ -137,7 +139,7 @@ class Classifier(TextTask):
     """Texts to labels.
 
     Settings: `labels`, `problem` ("single": one label is true, softmax; "multi": each may be,
-    sigmoid), `max_length`, `pad_token_id`.
+    sigmoid; "regression": the score is the number itself), `max_length`, `pad_token_id`.
     """
 
     @overload
@@ -165,8 +167,8 @@ class Classifier(TextTask):
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k must be at least 1, or None for all; not {top_k}")
         labels, problem = self.setting("labels"), self.setting("problem", "single")
-        if problem not in ("single", "multi"):
-            raise ArtifactError(f"unknown problem {problem!r}", hint="single or multi")
+        if problem not in ("single", "multi", "regression"):
+            raise ArtifactError(f"unknown problem {problem!r}", hint="single, multi or regression")
         tokens = self.tokenizer.encode(texts)
         found: list[list[Label]] = [[] for _ in tokens]
         for rows, feeds in self.batches(tokens, batch_size):
@@ -175,7 +177,9 @@ class Classifier(TextTask):
                 raise ArtifactError(
                     f"the graph gives {logits.shape[1]} logits, the manifest {len(labels)} labels"
                 )
-            scores = softmax(logits) if problem == "single" else 0.5 + 0.5 * np.tanh(logits / 2)
+            scores = logits
+            if problem != "regression":
+                scores = softmax(logits) if problem == "single" else 0.5 + 0.5 * np.tanh(logits / 2)
             for row, score in zip(rows, scores, strict=True):
                 best = np.argsort(-score, kind="stable")[:top_k]
                 found[row] = [{"label": labels[j], "score": float(score[j])} for j in best]

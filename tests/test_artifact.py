@@ -29,10 +29,16 @@ def contents(path: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in path.iterdir()}
 
 
+SOURCE = {"spec": "tests", "kind": "hand", "weights_sha256": ""}
+
+
+SOURCE = {"spec": "tests", "kind": "hand", "weights_sha256": ""}
+
+
 def manifest(**more) -> Manifest:
     x = TensorSpec("x", "float32", ("batch", 4))
-    return Manifest(**{"task": "tensors", "source": {}, "target": {}, "inputs": (x,),
-                       "outputs": (x,), **more})  # fmt: skip
+    given = {"task": "tensors", "source": SOURCE, "target": {}, "inputs": (x,), "outputs": (x,)}
+    return Manifest(**given | more)
 
 
 def weights_model() -> ir.Model:
@@ -64,6 +70,8 @@ def publish(out: Path, text: str = "graph", **options) -> None:
 
 
 def test_an_artifact_appears_whole(tmp_path):
+    umask = os.umask(0)
+    os.umask(umask)
     out = tmp_path / "new" / "parent" / "out"
     with stage(out) as staging:
         staging.write(MODEL, "graph")
@@ -77,7 +85,7 @@ def test_an_artifact_appears_whole(tmp_path):
     }
     assert artifact.read_manifest(out) == published
     assert [p.name for p in out.parent.iterdir()] == ["out"]
-    assert out.stat().st_mode & 0o777 == 0o777 & ~artifact._umask()
+    assert out.stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, MemoryError])
@@ -261,7 +269,7 @@ SLOW = """
 import time
 class Slow(nn.Linear):
     def forward(self, x):
-        time.sleep(0.5)
+        time.sleep(0.25)
         return super().forward(x)
 
 def build():
@@ -280,7 +288,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, write, step):
         said += line
         if step in line:
             assert list(out.parent.iterdir())  # its temporary directory is there
-            time.sleep(0.3)
+            time.sleep(0.2)
             process.send_signal(signal.SIGINT)
             break
     printed, rest = process.communicate(timeout=60)
@@ -327,8 +335,7 @@ def opened(path: Path):
 
 
 def changed(path: Path, **fields) -> None:
-    raw = json.loads((path / MANIFEST).read_text())
-    (path / MANIFEST).write_text(json.dumps({**raw, **fields}))
+    onnx_models.edit_manifest(path, **fields)
 
 
 @pytest.mark.parametrize("read", [opened, verify])
@@ -411,6 +418,14 @@ def test_a_manifest_with_a_damaged_field(copy, fields):
         onnxpress.load(copy)
 
 
+def test_a_manifest_that_someone_edited(copy):
+    text = (copy / MANIFEST).read_text()
+    (copy / MANIFEST).write_text(text.replace('"batch"', '"rows"'))
+    for read in (opened, verify):
+        with pytest.raises(ArtifactError, match="changed after it was published"):
+            read(copy)
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "..", "a\0b"])
 def test_files_outside_the_artifact_are_refused(copy, name):
     (copy.parent / "secret").write_text("s")
@@ -441,9 +456,8 @@ def test_what_is_no_artifact(tmp_path, kind):
 
 
 def test_verify_sees_a_graph_with_another_signature(copy):
-    raw = json.loads((copy / MANIFEST).read_text())
-    raw["inputs"][0]["name"] = "z"
-    (copy / MANIFEST).write_text(json.dumps(raw))
+    inputs = json.loads((copy / MANIFEST).read_text())["inputs"]
+    changed(copy, inputs=[{**inputs[0], "name": "z"}])
     with pytest.raises(ArtifactError, match="inputs are not those of the manifest"):
         verify(copy)
 
@@ -487,8 +501,8 @@ for i, v in enumerate(list(model.graph.inputs)[1:]):
 with artifact.stage(sys.argv[1]) as staging:
     artifact.save_model(model, staging.path)
     spec = artifact.TensorSpec("x", "int64", ("n",))
-    staging.publish(artifact.Manifest(task="tensors", source={}, target={}, inputs=(spec,),
-                                      outputs=()))
+    staging.publish(artifact.Manifest(task="tensors", inputs=(spec,), outputs=(),
+        source={"spec": "x", "kind": "hand", "weights_sha256": ""}, target={}))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 

@@ -312,6 +312,12 @@ def test_npz_that_is_damaged(tensors, tmp_path, content):
     assert "cannot be read" in bad(2, "run", tensors, "--input", tmp_path / "in.npz")
 
 
+def test_npz_that_is_npy(tensors, tmp_path):
+    np.save(tmp_path / "in.npy", np.ones(3))
+    (tmp_path / "in.npy").rename(tmp_path / "in.npz")
+    assert "cannot be read" in bad(2, "run", tensors, "--input", tmp_path / "in.npz")
+
+
 def test_npz_with_pickles_is_refused(tensors, tmp_path):
     np.savez(tmp_path / "in.npz", x=np.array([{"a": 1}], dtype=object))
     assert "cannot be read" in bad(2, "run", tensors, "--input", tmp_path / "in.npz")

@@ -136,7 +136,7 @@ def test_chat_puts_the_prompt_into_the_turn(generator, artifact, tmp_path):
 def change(path, **settings) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["settings"] |= settings
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    onnx_models.write_manifest(path, manifest)
 
 
 def test_empty_prompts_and_no_chat(tmp_path):
@@ -167,7 +167,6 @@ def test_generate_ids_refuses(generator, ids, mask, said):
 
 def test_no_kv_in_the_manifest(artifact, tmp_path):
     path = onnx_models.generator(tmp_path / "a")
-    manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, "kv": None}))
+    onnx_models.edit_manifest(path, kv=None)
     with pytest.raises(errors.ArtifactError, match="`kv`"):
         load(path)

@@ -10,8 +10,8 @@ import torch
 from onnxpress import artifact, exporter
 from onnxpress.artifact import TensorSpec
 from onnxpress.errors import ExportError, GateError, InputError
-from onnxpress.exporter import Reference, capture, check, refuse, resolve
-from onnxpress.exporter.parity import TOLERANCE, pytorch
+from onnxpress.exporter import Reference, capture, check, pytorch, refuse, resolve
+from onnxpress.exporter.parity import FLOOR, TOLERANCE
 from onnxpress.press import verify
 
 from . import factories
@@ -183,7 +183,8 @@ def test_a_difference_at_one_place_is_named():
 
     found = judged(double, wrong)
     assert not found.passed
-    assert "at batch=2 sequence=8 " in found.worst or "batch=3 sequence=11" in found.worst
+    assert "output y of shape (" in found.worst
+    assert "batch=" in found.worst
     assert "at position [1, 7]" in found.worst
     assert "differs by 0.5" in found.worst
 
@@ -192,8 +193,8 @@ def test_a_difference_at_one_place_is_named():
 def test_the_tolerance_is_where_it_says(share, passes):
     def near(feeds):
         y = (feeds["x"] * 2).astype(np.float64)
-        limit = TOLERANCE["float32"] * max(1.0, np.abs(y).max())
-        return (y + share * limit).astype(np.float64)
+        limit = TOLERANCE["float32"] * (np.abs(y) + np.abs(y).max() + FLOOR)
+        return y + share * limit
 
     assert judged(double, near).passed is passes
 
@@ -279,14 +280,14 @@ def test_a_reference_that_takes_too_few_points_is_an_error():
 
 def seen(inputs, **more) -> dict[str, dict[str, np.ndarray]]:
     """The feeds of every point."""
-    met = {}
+    met = []
 
     def run(feeds):
-        met[len(met)] = {n: v.copy() for n, v in feeds.items()}
-        return [feeds["x"]]
+        met.append({n: v.copy() for n, v in feeds.items()})
+        return {"y": feeds["x"]}
 
-    found = check(reference(run, **more), lambda feeds: {"y": feeds["x"]}, inputs)
-    return dict(zip((p for p, _ in found.points), met.values(), strict=True))
+    found = check(reference(lambda feeds: [feeds["x"]], **more), run, inputs)
+    return dict(zip((p for p, _ in found.points), met, strict=True))
 
 
 def mask_example() -> dict[str, np.ndarray]:
@@ -357,9 +358,7 @@ def test_integers_stay_below_the_vocabulary():
     known = seen((ids,), examples=example, highs={"x": 1000}).values()
     assert max(f["x"].max() for f in known) > 100
     assert max(f["x"].max() for f in known) < 1000
-    unknown = seen((ids,), examples=example).values()
-    assert max(f["x"].max() for f in unknown) == 5
-    assert min(f["x"].min() for f in unknown) == 1
+    assert max(f["x"].max() for f in seen((ids,), examples=example).values()) > 5  # all are taken
 
 
 def test_a_model_with_fixed_shapes_is_checked_on_fresh_values():
@@ -369,12 +368,14 @@ def test_a_model_with_fixed_shapes_is_checked_on_fresh_values():
     assert len({f["x"][0, 0] for f in points.values()}) == 8
 
 
-def test_additive_masks_keep_their_kind():
+def test_additive_masks_are_filled_as_masks():
     bias = TensorSpec("bias", "float32", ("batch", "sequence"))
-    example = {**reference(double).examples, "bias": np.array([[0, 0, 0, -np.inf, -np.inf]] * 2)}
-    for feeds in seen((X, bias), examples=example).values():
-        assert set(np.unique(feeds["bias"])) <= {0.0, -np.inf}
-        assert (feeds["bias"][:, :1] == 0).all()
+    example = np.array([[0, 0, 0, -np.inf, -np.inf]] * 2, np.float32)
+    points = seen((X, bias), examples={**reference(double).examples, "bias": example})
+    assert {v for f in points.values() for v in np.unique(f["bias"])} == {0.0, -np.inf}
+    (row,) = (f["bias"] for p, f in points.items() if p.endswith("row 0 all 0"))
+    assert np.isinf(row[0]).all()
+    assert (row[1] == 0).all()
 
 
 def test_pytorch_gives_the_outputs_of_the_module():

@@ -82,7 +82,9 @@ def test_export_is_portable(tmp_path):
 # Sources ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["decoder-tiny", "encoder-decoder-tiny", "recurrent-tiny"])
+@pytest.mark.parametrize(
+    "name", ["recurrent-tiny", pytest.param("encoder-decoder-tiny", marks=pytest.mark.slow)]
+)
 def test_models_of_ours_press(name, tmp_path):
     m = onnxpress.press(name, tmp_path / "out", measure=False)
     assert m.parity["passed"]
@@ -90,9 +92,6 @@ def test_models_of_ours_press(name, tmp_path):
     batch, length = m.inputs[0].shape
     assert batch == "batch"
     assert length == "sequence"
-    if name == "decoder-tiny":
-        cache = next(s for s in m.outputs if s.name == "present.0.key")
-        assert cache.shape[2] == "past_sequence + sequence"
 
 
 def test_an_onnx_file_is_adopted_as_it_is(onnx_file, tmp_path):
@@ -194,9 +193,8 @@ def test_verify_runs_no_code_that_an_artifact_names(tmp_path, write, kind):
     """Whatever kind of source its manifest claims: artifacts come from anyone."""
     spec = write(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef build(): ...\n")
     path = onnx_models.publish(tmp_path / "a", onnx_models.add_model())
-    raw = json.loads((path / "manifest.json").read_text())
-    raw["source"] = {"spec": spec, "kind": kind, "weights_sha256": ""}
-    (path / "manifest.json").write_text(json.dumps(raw))
+    source = {"spec": spec, "kind": kind, "weights_sha256": ""}
+    onnx_models.edit_manifest(path, source=source)
     found = parity_of(path)
     assert found.passed is None
     assert "name it with --source" in found.detail
