@@ -32,9 +32,6 @@ def contents(path: Path) -> dict[str, bytes]:
 SOURCE = {"spec": "tests", "kind": "hand", "weights_sha256": ""}
 
 
-SOURCE = {"spec": "tests", "kind": "hand", "weights_sha256": ""}
-
-
 def manifest(**more) -> Manifest:
     x = TensorSpec("x", "float32", ("batch", 4))
     given = {"task": "tensors", "source": SOURCE, "target": {}, "inputs": (x,), "outputs": (x,)}

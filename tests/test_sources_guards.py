@@ -18,7 +18,10 @@ from onnxpress.exporter.source import from_factory
 from onnxpress.press import verify
 
 from . import onnx_models
-from .test_huggingface import TINY, save
+from .test_huggingface import TINY as TWO_LAYERS
+from .test_huggingface import save
+
+TINY = {**TWO_LAYERS, "num_hidden_layers": 1}
 
 
 def made(forward, *args, **members):

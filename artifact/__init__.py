@@ -1,7 +1,10 @@
 """The artifact: a directory that holds a model, what a task needs to use it, and the proof of both.
 
 Written to a temporary sibling and renamed, so that nobody ever sees half of one. The format is
-described for other readers and writers in docs/artifact.md; this module is its only owner.
+described for other readers and writers in docs/artifact.md; this package is its only owner.
+
+    kinds.py        what kind of JSON each field of a manifest is
+    dimensions.py   numbers, names and expressions over names, and their sizes
 
 Reading a manifest and checking the files need the standard library alone: the runtime does both
 without onnx in the process. Only `save_model` and `open_model` load onnx_ir.
@@ -22,10 +25,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ArtifactError, MissingPackage, OutputError
 from . import kinds
 from .dimensions import evaluate as evaluate
 from .dimensions import is_symbol as is_symbol
-from .errors import ArtifactError, MissingPackage, OutputError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -136,9 +139,12 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         own = _own_sha256(raw) if isinstance(raw, dict) else ""
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        kind = "it has no manifest.json" if Path(directory).is_dir() else "it is no directory"
+        if not Path(directory).exists():
+            kind = "there is no such directory"
         raise ArtifactError(
-            "this is no onnxpress artifact: it has no manifest.json",
+            f"this is no onnxpress artifact: {kind}",
             where=str(directory),
             hint="make one with `onnxpress press SOURCE -o DIR`",
         ) from None
