@@ -58,7 +58,7 @@ class _Group(click.Group):
             click.secho(f"error: {e}", fg="red", err=True)
             ctx.exit(e.exit_code)
         except KeyboardInterrupt as e:
-            click.secho("stopped; nothing was published", fg="red", err=True)
+            click.secho("stopped; nothing half-done was left", fg="red", err=True)
             ctx.exit(143 if isinstance(e, _Terminated) else 130)
         except BrokenPipeError:  # `onnxpress ... | head` closed our output: nobody is left to tell
             sys.stderr.close()

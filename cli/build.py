@@ -43,7 +43,9 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _pickle = click.option(
     "--trust-pickle", is_flag=True, help="Read pickled weights; they can run code of their author."
 )
-_source = click.option("--source", metavar="SOURCE", help="Where the source lies now.")
+_source = click.option(
+    "--source", metavar="SOURCE", type=click.Path(), help="Where the source lies now."
+)
 
 
 def _common(command: Command) -> Command:
@@ -61,9 +63,15 @@ def _common(command: Command) -> Command:
             "--task", type=click.Choice(TASKS), help="What it is for; found from the source."
         ),
         click.option(
-            "-o", "--output", "out", metavar="DIR", required=True, help="The artifact to write."
+            "-o",
+            "--output",
+            "out",
+            metavar="DIR",
+            type=click.Path(),
+            required=True,
+            help="The artifact to write.",
         ),
-        click.argument("source", metavar="SOURCE"),
+        click.argument("source", metavar="SOURCE", type=click.Path()),
     ):
         command = option(command)
     return command
@@ -79,7 +87,8 @@ def export(source: str, out: str, as_json: bool, **options: Any) -> None:
 
 @click.command()
 @_common
-@click.option("--target", default="cpu", show_default=True, help="What to optimize for.")
+@click.option("--target", default="cpu", show_default=True, type=click.Choice(["cpu"]),
+              help="What to optimize for.")  # fmt: skip
 @click.option("--no-measure", "measure", is_flag=True, flag_value=False, default=True,
               help="Do not time it against PyTorch.")  # fmt: skip
 def press(source: str, out: str, as_json: bool, **options: Any) -> None:
@@ -107,7 +116,7 @@ def _published(manifest: Manifest, out: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("directory", metavar="DIR")
+@click.argument("directory", metavar="DIR", type=click.Path())
 @_source
 @_pickle
 @_json
@@ -125,7 +134,7 @@ def verify(directory: str, source: str | None, trust_pickle: bool, as_json: bool
 
 
 @click.command()
-@click.argument("directory", metavar="DIR")
+@click.argument("directory", metavar="DIR", type=click.Path())
 @click.option("--against", type=click.Choice(["torch"]), help="Time this beside it.")
 @_source
 @click.option("--batch", type=Sizes(), default="1,8", show_default=True, help="Batch sizes.")

@@ -18,15 +18,22 @@ MOST_IN_TABLE = 20  # texts of which a table of similarities still fits a termin
 
 
 @click.command()
-@click.argument("directory", metavar="DIR")
+@click.argument("directory", metavar="DIR", type=click.Path())
 @click.argument("arguments", metavar="[TEXT]...", nargs=-1)
-@click.option("--input", "file", metavar="FILE", help="Lines of JSON or text, .npz, or - (stdin).")
+@click.option(
+    "--input",
+    "file",
+    metavar="FILE",
+    type=click.Path(),
+    help="Lines of JSON or text, .npz, or - (stdin).",
+)
 @click.option("--next-word", metavar="PROMPT", help="The likeliest next words and how likely.")
 @click.option("--chat", is_flag=True, help="Put each text into the model's chat turn.")
 @click.option("--question", metavar="TEXT", help="What an answer model looks for in the texts.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--no-truncate", is_flag=True, help="Refuse text that is too long for the model.")
-@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt.")
+@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt.",
+              type=click.Choice(["cpu", "cuda", "tensorrt"]))  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="Threads of one run on the CPU.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON a record.")
 def run(
@@ -136,7 +143,7 @@ def _plain(row: Any) -> str:
 
 
 @click.command()
-@click.argument("directory", metavar="DIR")
+@click.argument("directory", metavar="DIR", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(directory: str, as_json: bool) -> None:
     """Show DIR: its signature, op counts and placement, and what was done to it."""
