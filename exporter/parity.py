@@ -1,7 +1,7 @@
 """The check of a graph against PyTorch, at points that it was not traced at, failing closed.
 
-What PyTorch refuses at a point is no point; what PyTorch answers with NaN or infinity is not
-compared there, and counted.
+What PyTorch refuses at a point is no point; what PyTorch answers with NaN is not compared
+there, and counted; infinities have to be the same.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Parity:
         max_abs: Per output, the largest absolute difference over all points.
         worst: Output, point and position of the largest difference relative to its tolerance.
         ratio: That difference as a share of what is allowed; past 1 the gate refuses.
-        undefined: How many values PyTorch left NaN or infinite (they are not compared).
+        undefined: How many values the reference left NaN (they are not compared).
         compared: The outputs of which at least one value was compared.
         refused: Points that the reference itself does not take.
         constant: Inputs of integers that took one value at every point: nothing else ran.
@@ -131,7 +131,7 @@ def check(
             + "; ".join(found.refused[:4]),
         )
     if blank := sorted(set(found.max_abs) - found.compared):
-        found.fail(f"of {', '.join(blank)} it computes NaN and infinity alone, at every point")
+        found.fail(f"of {', '.join(blank)} it computes NaN alone, at every point")
     found.fixed = [f"{name}={min(s)}" for name, s in seen.items() if len(s) == 1]
     if found.fixed and reference.strict:
         found.fail(
@@ -188,14 +188,16 @@ def _difference(found: Parity, point: Point, name: str, have: Array, wanted: Arr
         shapes = f"has shape {have.shape}, {found.reference} gives {want.shape}"
         found.fail(f"{name} at {point} {shapes}")
         return math.inf
-    finite = np.isfinite(want)
-    found.undefined += int(want.size - finite.sum())
-    if finite.any() or not want.size:
+    finite, infinite = np.isfinite(want), np.isinf(want)
+    found.undefined += int(np.isnan(want).sum())
+    if finite.any() or infinite.any() or not want.size:
         found.compared.add(name)
     if not want.size:
         return 0.0
-    want = np.where(finite, want, 0.0)
     got = have.astype(np.float64)
+    if (got[infinite] != want[infinite]).any():
+        found.fail(f"{name} at {point} is not infinite where {found.reference} is")
+    want = np.where(finite, want, 0.0)
     apart = np.where(finite, np.where(np.isfinite(got), np.abs(got - want), np.inf), 0.0)
     if allowed:
         limits = allowed * (np.abs(want) + _ordinary(want) + FLOOR)

@@ -176,7 +176,7 @@ def from_factory(spec: str, kind: str, made: Any, task: str | None = None) -> So
         spec=spec,
         kind=kind,
         task=task or "tensors",
-        module=module.eval(),
+        module=module.eval().cpu(),
         args=args,
         kwargs=kwargs,
         dynamic_shapes=shapes,
@@ -194,7 +194,7 @@ def clone(tree: Any) -> Any:
     """
 
     def one(leaf: Any) -> Any:
-        return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+        return leaf.detach().cpu().clone() if isinstance(leaf, torch.Tensor) else leaf
 
     return pytree.tree_map(one, register(tree))
 

@@ -141,12 +141,12 @@ def _road(
             session.outputs,
             progress=lambda p: progress(f"  {p}"),
         )
+        if not allow_drift:
+            exporter.refuse(parity, what="the optimized graph" if target_name else "the graph")
         if parity.misstated:
             exporter.restate(model, parity.misstated)
             artifact.save_model(model, staging.path)
             session = _open(Session, staging.path, spec)
-        if not allow_drift:
-            exporter.refuse(parity, what="the optimized graph" if target_name else "the graph")
         for name, content in source.files.items():
             staging.write(name, content)
         if measure:

@@ -332,7 +332,7 @@ def test_sigterm_leaves_nothing(tmp_path):
             break
     printed, rest = process.communicate(timeout=60)
     assert process.returncode == 143, rest
-    assert "stopped; nothing was published" in rest
+    assert "stopped; nothing half-done was left" in rest
     assert "Traceback" not in rest
     assert printed == ""
     assert not list(out.parent.iterdir())

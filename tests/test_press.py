@@ -82,9 +82,8 @@ def test_export_is_portable(tmp_path):
 # Sources ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["recurrent-tiny", pytest.param("encoder-decoder-tiny", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["recurrent-tiny", "encoder-decoder-tiny"])
 def test_models_of_ours_press(name, tmp_path):
     m = onnxpress.press(name, tmp_path / "out", measure=False)
     assert m.parity["passed"]
