@@ -18,13 +18,14 @@ import onnxpress
 
 ROUNDS = 11
 HEAD = """
-import json, resource, sys, time
+import json, sys, time
 start = time.perf_counter()
 """
+# The high-water mark of this process: getrusage's also knows the parent's before exec.
 TAIL = """
 print(json.dumps({
     "ms": (time.perf_counter() - start) * 1e3,
-    "mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    "mb": next(int(x.split()[1]) for x in open("/proc/self/status") if x[:6] == "VmHWM:") / 1024,
     "heavy": sorted({"torch", "onnx", "onnx_ir", "transformers"} & set(sys.modules)),
 }))
 """
