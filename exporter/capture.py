@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import onnx_ir as ir
 import torch
 from torch.utils import _pytree as pytree
 
+from ..artifact import IR_VERSION
 from ..errors import ExportError
 from .dims import Axis, find_shapes, fix_output_shapes, name_symbols, probe, widen
 from .factory import chain, user_frames
@@ -27,7 +29,6 @@ from .names import flatten_inputs, flatten_outputs, free_name
 from .source import Source, register
 
 OPSET = 23
-IR_VERSION = 11
 
 
 @dataclass
@@ -172,10 +173,14 @@ def _explain(error: Exception) -> ExportError:
     root = causes[-1]
     line = str(root).strip().splitlines()[0] if str(root).strip() else type(root).__name__
     if "data-dependent" in text.lower() or "DataDependent" in text:
+        inside = _torch_function(root)
         return ExportError(
             f"what the module computes next depends on the values of a tensor: {line}",
             where=where,
-            hint="a graph has no such branch: compute both sides and choose with torch.where, "
+            hint=f"the branch is in PyTorch's own {inside}: look for an argument that settles it "
+            "(tgt_is_causal=True for a causal tgt_mask)"
+            if inside
+            else "a graph has no such branch: compute both sides and choose with torch.where, "
             "or use torch.cond",
         )
     if "pack_padded_sequence" in (where or "") or "pack_padded_sequence" in text:
@@ -192,6 +197,13 @@ def _explain(error: Exception) -> ExportError:
             hint=" ".join(fixes[0].split()) if fixes else "leave them out: they are found",
         )
     return ExportError(f"torch.export cannot take the module: {line}", where=where)
+
+
+def _torch_function(error: BaseException) -> str | None:
+    """The function of torch.nn in which an exception came up, below the user's own line."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/nn/" in f.filename]
+    names = [f.name for f in frames if f.name not in ("_call_impl", "_wrapped_call_impl")]
+    return names[-1] if names else None
 
 
 def _check_counts(model: ir.Model, inputs: list[str], outputs: list[str], source: Source) -> None:

@@ -165,9 +165,15 @@ def from_factory(spec: str, kind: str, made: Any, task: str | None = None) -> So
             f"the example inputs do not fit forward{inspect.signature(module.forward)}: {e}",
             where=where,
         ) from None
-    args, kwargs = clone(args), clone(_in_order(module, kwargs))
-    if not any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves((args, kwargs))):
+    leaves = pytree.tree_leaves(register((args, kwargs)))
+    given = [t for t in leaves if isinstance(t, torch.Tensor)]
+    if not given:
         raise SourceError("the example inputs hold no tensor", where=where)
+    if any(t.is_meta for t in given):
+        raise SourceError(
+            "the example inputs have no values: they are on the meta device", where=where
+        )
+    args, kwargs = clone(args), clone(_in_order(module, kwargs))
     shapes = rest[0] if rest else None
     if isinstance(shapes, Mapping):
         shapes = _in_order(module, dict(shapes))

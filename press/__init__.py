@@ -201,7 +201,7 @@ def _open(session: type[Session], path: Path, spec: str) -> Session:
         raise ExportError(
             f"ONNX Runtime does not open the graph: {e.what}",
             where=spec,
-            hint="an op without a kernel: replace it in the module by others",
+            hint="no CPU kernel for an op, or for its dtype: replace it, or export module.float()",
         ) from e
 
 
