@@ -7,6 +7,7 @@ constant (`widen`), it fixes some axes that PyTorch lets vary (`probe`), and it 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import re
@@ -144,7 +145,18 @@ def find_shapes(source: Source, exported: Any = None, more: Iterable[tuple[Axis,
 
     assert source.module is not None
     bound = inspect.signature(source.module.forward).bind(*source.args, **source.kwargs)
-    return pytree.tree_map(one, dict(bound.arguments))
+    return pytree.tree_map(one, _without_dataclasses(dict(bound.arguments)))
+
+
+def _without_dataclasses(tree: Any) -> Any:
+    """The tree with each dataclass as the list of its fields, as dynamic shapes want them."""
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return [_without_dataclasses(getattr(tree, f.name)) for f in dataclasses.fields(tree)]
+    if type(tree) is dict:
+        return {k: _without_dataclasses(v) for k, v in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(_without_dataclasses(v) for v in tree)
+    return tree
 
 
 def probe(source: Source, exported: Any) -> list[tuple[Axis, int]]:

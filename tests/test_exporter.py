@@ -129,6 +129,23 @@ def test_star_inputs_feed_what_they_name(take):
     taken.agrees(**{"x": t(5).numpy(), "rest.0": t(6).numpy(), "rest.1": 2 * t(7).numpy()})
 
 
+@dataclass
+class Inputs:
+    first: torch.Tensor
+    more: list[torch.Tensor]
+
+
+class DataclassIn(nn.Module):
+    def forward(self, given):
+        return given.first - 2 * given.more[0]
+
+
+def test_dataclasses_are_inputs_too(take):
+    taken = take(DataclassIn(), (Inputs(t(0), [t(1)]),))
+    assert list(taken.shapes) == ["given.first", "given.more.0", "output"]
+    taken.agrees(**{"given.first": t(5).numpy(), "given.more.0": t(6).numpy()})
+
+
 # Names of outputs ------------------------------------------------------------------------------
 
 Two = namedtuple("Two", "mean var")
