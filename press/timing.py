@@ -109,7 +109,7 @@ def time_against(
         contestants: dict[str, Callable[[], object]] = {"onnxpress": lambda: session.run(feeds)}
         if reference:
             contestants[reference.name.split()[0]] = reference.prepare(feeds)
-        timed = time_runs(contestants, rounds=rounds)
+        timed = time_runs(contestants, rounds=rounds, min_seconds=0.2)
         medians = {name: round(t.median, 3) for name, t in timed.items()}
         row: dict[str, Any] = {**shape.dims, "ms": medians}
         if reference and "torch" in medians:

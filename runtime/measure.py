@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 
 import numpy as np
 
 from ..artifact import TensorSpec, evaluate
 from ..errors import InputError
 from .signature import Array
+
+PAUSE = 0.05  # seconds between contestants
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ def time_runs(
     for r in range(rounds):
         # Every round starts with another one: whoever follows a heavy one is not always the same.
         for name in names[r % len(names) :] + names[: r % len(names)] if names else []:
+            # Thread pools spin for a while after their last call, and would take the cores of
+            # whoever comes next; and its own threads wake up on its first call.
+            sleep(PAUSE)
+            fns[name]()
             times[name].append(_seconds(fns[name], calls[name]) * 1e3)
     return {n: Timing(median(t), min(t), max(t), calls[n] * rounds) for n, t in times.items()}
 
