@@ -101,11 +101,10 @@ def time_against(
     rounds: int = 9,
 ) -> dict[str, Any]:
     """Medians of a session and of its reference at each shape, interleaved."""
-    from ..runtime import random_feeds, time_runs
+    from ..runtime import time_runs
 
     def one(shape: Shape) -> dict[str, Any]:
-        high = reference.highs if reference else None
-        feeds = random_feeds(session.inputs, shape.dims, high=high)
+        feeds = _feeds(session, reference, shape)
         contestants: dict[str, Callable[[], object]] = {"onnxpress": lambda: session.run(feeds)}
         if reference:
             contestants[reference.name.split()[0]] = reference.prepare(feeds)
@@ -130,15 +129,41 @@ def time_against(
     }
 
 
+def _feeds(session: Session, reference: Reference | None, shape: Shape) -> dict[str, Any]:
+    """Feeds of a shape; where there is a reference, of values that it takes.
+
+    Raises:
+        UsageError: The reference does not take the shape.
+    """
+    if reference is None:
+        from ..runtime import random_feeds
+
+        return random_feeds(session.inputs, shape.dims)
+    from ..exporter.points import Point, Points
+
+    points = Points(reference, session.inputs, seed=0)
+    try:
+        feeds = points.feeds(Point(tuple(shape.dims.items())))
+        reference.run(feeds)
+    except Exception as e:  # whatever it raises: it does not take this shape
+        raise UsageError(f"{reference.name} does not run at {shape}: {e}") from e
+    return feeds
+
+
 def default_shapes(session: Session, reference: Reference) -> list[Shape]:
-    """One at the batch and length of a single request, one of a batch; the traced size else."""
+    """Those of a single request and of a batch that the reference takes; the traced one else."""
     names = symbols(session.inputs)
+    taken = []
     if "sequence" in names:
-        return [
-            Shape({n: 0 if "past" in n else {"batch": b}.get(n, s) for n in names})
-            for b, s in ((1, 16), (1, 128), (8, 128))
-            if s <= reference.limits.get("sequence", s)
-        ]
+        for b, s in ((1, 16), (1, 128), (8, 128)):
+            shape = Shape({n: 0 if "past" in n else {"batch": b}.get(n, s) for n in names})
+            try:
+                _feeds(session, reference, shape)
+            except UsageError:
+                continue
+            taken.append(shape)
+    if taken:
+        return taken
     sizes: dict[str, int] = {}
     for spec in session.inputs:
         for dim, n in zip(spec.shape, reference.examples[spec.name].shape, strict=True):

@@ -256,3 +256,24 @@ def test_bench_refuses_what_it_cannot_do(encoder_tiny, onnx_file, tmp_path):
 def test_bench_past_what_the_model_takes_is_the_users_mistake(encoder_tiny):
     with pytest.raises(UsageError):
         bench(encoder_tiny, batch=[1], length=[100_000])
+
+
+def test_what_a_model_does_not_take_is_not_measured(write, tmp_path):
+    """A vocabulary of 50 and 40 positions: neither ids nor lengths of our own choice."""
+    spec = write(
+        """
+        class M(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.e, self.p = nn.Embedding(50, 8), nn.Embedding(40, 8)
+
+            def forward(self, ids):
+                return self.e(ids) + self.p(torch.arange(ids.shape[1]))
+
+        def build():
+            return M(), (torch.randint(0, 50, (2, 5)),)
+        """
+    )
+    onnxpress.press(spec, tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / "measured.json").read_text())["rows"]
+    assert [(r["batch"], r["sequence"]) for r in rows] == [(1, 16)]
