@@ -11,12 +11,13 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from ..errors import UsageError
+from .clean.fold_constants import FoldConstants
+from .clean.infer_shapes import InferShapes
+from .clean.remove_no_ops import RemoveNoOps
 from .counts import count_changes, count_ops
-from .expand_attention_mask import ExpandAttentionMask
-from .fold_constants import FoldConstants
-from .infer_shapes import InferShapes
-from .remove_no_ops import RemoveNoOps
-from .soften_attention_mask import SoftenAttentionMask
+from .lower.expand_attention_mask import ExpandAttentionMask
+from .lower.soften_attention_mask import SoftenAttentionMask
+from .outcome import Miss, Outcome
 from .target import Target
 
 
@@ -31,6 +32,8 @@ class Step:
         seconds: How long it took.
         ops: The ops that came (above 0) or went (below 0).
         notes: What it declined, where and why.
+        hits: How many rewrites it made, where it counts them.
+        misses: Layers that it left unfused, and why.
     """
 
     index: int
@@ -39,6 +42,8 @@ class Step:
     seconds: float
     ops: dict[str, int]
     notes: tuple[str, ...] = ()
+    hits: int = 0
+    misses: tuple[Miss, ...] = ()
 
 
 Observer = Callable[[Step, ir.passes.PassBase, ir.Model], None]
@@ -122,9 +127,13 @@ def _run(
                 e.add_note(f"raised by pass {index}, {name}")
                 raise
             seconds, after = time.perf_counter() - start, count_ops(model)
-            notes = getattr(result, "notes", ())
+            said = result if isinstance(result, Outcome) else Outcome(model, result.modified)
             changes = count_changes(before, after)
-            steps.append(Step(index, name, result.modified, seconds, changes, notes))
+            steps.append(
+                Step(
+                    index, name, said.modified, seconds, changes, said.notes, said.hits, said.misses
+                )
+            )
             before = after
             for observe in observers:
                 observe(steps[-1], p, model)

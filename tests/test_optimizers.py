@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from onnxpress.errors import UsageError
 from onnxpress.optimizers import TARGETS, Step, count_ops, optimize
 from onnxpress.optimizers import pipeline as pipeline_module
+from onnxpress.optimizers.clean.fold_constants import FoldConstants
+from onnxpress.optimizers.clean.infer_shapes import InferShapes
 from onnxpress.optimizers.dims import same_dim
-from onnxpress.optimizers.expand_attention_mask import ExpandAttentionMask
-from onnxpress.optimizers.fold_constants import FoldConstants
-from onnxpress.optimizers.infer_shapes import InferShapes
+from onnxpress.optimizers.lower.expand_attention_mask import ExpandAttentionMask
 from onnxpress.optimizers.observers import dump, from_environment, log, verify
 from onnxpress.optimizers.pipeline import pass_name, passes
 

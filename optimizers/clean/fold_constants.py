@@ -7,7 +7,7 @@ import math
 import onnx_ir as ir
 from onnxscript.optimizer import fold_constants
 
-from .outcome import Outcome
+from ..outcome import Outcome
 
 BUDGET = 1 << 20  # bytes that one folded result may add to the model
 

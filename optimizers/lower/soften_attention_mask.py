@@ -12,8 +12,8 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from ..outcome import Outcome
 from .expand_attention_mask import MASK
-from .outcome import Outcome
 
 LOWEST = float(np.finfo(np.float32).min)
 SOFT = -3.3e38  # added to any score it still is the score of a key that nobody attends to

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from .outcome import Outcome
+from ..outcome import Outcome
 
 
 class InferShapes(ir.passes.InPlacePass):

@@ -21,8 +21,8 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from .dims import Dim, dim, same_dim
-from .outcome import Outcome
+from ..dims import Dim, dim, same_dim
+from ..outcome import Outcome
 
 MASK = 3  # index of attn_mask among the inputs of Attention
 

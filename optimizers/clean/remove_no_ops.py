@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from .dims import same_shape
-from .outcome import Outcome
+from ..dims import same_shape
+from ..outcome import Outcome
 
 
 class RemoveNoOps(ir.passes.InPlacePass):

@@ -1,0 +1,1 @@
+"""Passes that raise decomposed forms to the ops that mean them, whoever exported the graph."""
