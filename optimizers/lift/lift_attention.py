@@ -1,0 +1,313 @@
+"""Raise decomposed attention to Attention, whoever exported it.
+
+The operator: https://onnx.ai/onnx/operators/onnx__Attention.html (since opset 23). With Q, K, V of
+rank 4, [batch, heads, length, size], it is softmax(scale * Q @ K^T + mask) @ V; fewer heads of K
+and V than of Q are shared by groups, as in GQA and MQA.
+
+What a mask is made of does not matter here: padding, causal, ALiBi and relative positions are all
+a bias that is added. A mask that fills (masked_fill) becomes one: scores filled with -inf, or with
+any number too low to be reached, get no weight, and a row that is filled throughout with a finite
+number gets equal weights, which adding SOFT reproduces (x + SOFT is SOFT for every score x).
+A row that is -inf throughout is NaN after Softmax, in PyTorch's guarded form 0; the kernel: 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..dims import dim, same_dim
+from ..edit import constant as new_constant
+from ..edit import replace
+from ..outcome import Outcome
+from ..read import is_scalar, last_axis, producer, rank, reader, readers, with_scalar
+from .scores import Add, Scores, read_scores
+from .walk import lift
+
+SOFT = -3.3e38  # see lower/soften_attention_mask.py: the kernel takes lower ones for -inf
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+@dataclass
+class _Found:
+    """All that the operator needs."""
+
+    scores: Scores
+    q: ir.Value
+    k: ir.Value | None  # [batch, heads, keys, size], where the graph has it
+    k_transposed: ir.Value
+    v: ir.Value
+    result: ir.Value
+    wide_softmax: bool  # computed in float32 although Q is narrower
+
+
+class LiftAttention(ir.passes.InPlacePass):
+    """Raise MatMul, scale, mask, Softmax, MatMul to Attention.
+
+    ```
+    kt = Transpose<perm=[0, 1, 3, 2]>(k)
+    s = MatMul(q, kt)  t = Mul(s, 0.125)  u = Add(t, mask)     or Div; on q, k or both; before or
+    p = Softmax<axis=-1>(u)                                    after the mask; Where(mask, -1e9, t)
+    n = IsNaN(p)  g = Where(n, 0.0, p)                         where the exporter guards
+    y = MatMul(g, v)
+    ->
+    y = Attention<scale=0.125>(q, k, v, mask)
+    ```
+
+    Rank 3, [batch or batch * heads, length, size], gets a dimension for one head and loses it
+    again. Refused, with the reason: scores or probabilities that something else reads too, a scale
+    that is no number, a fill that scores may reach, dtypes without a kernel.
+    """
+
+    def call(self, model: ir.Model) -> Outcome:
+        """Visit every Softmax."""
+        return lift(model, "Attention", since=23, anchors=("Softmax",), read=_read, write=_write)
+
+
+def _read(softmax: ir.Node) -> _Found | str | None:
+    scores = read_scores(softmax)
+    if scores is None:
+        return None
+    output = _forward(softmax)
+    if output is None or isinstance(output, str):
+        return output
+    matmul, wide = output
+    if isinstance(scores, str):
+        return scores
+    if not last_axis(softmax.outputs[0], [softmax.attributes.get_int("axis", -1)]):
+        return f"Softmax is over axis {softmax.attributes.get_int('axis', -1)}, not the last"
+    left, right = scores.matmul.inputs
+    v, result = matmul.inputs[1], matmul.outputs[0]
+    assert left is not None
+    assert right is not None
+    assert v is not None
+    q, scale = _unscaled(left)
+    k_transposed, k_scale = _unscaled(right)
+    scores.scale *= scale * k_scale
+    if not scores.scale > 0:
+        return f"the scale is {scores.scale:g}"
+    k = _untransposed(k_transposed)
+    found = _Found(scores, q, k, k_transposed, v, result, wide)
+    return _refusal(found) or found
+
+
+def _forward(softmax: ir.Node) -> tuple[ir.Node, bool] | str | None:
+    """The MatMul with the values, through Casts and the guard against NaN."""
+    value, cast = softmax.outputs[0], False
+    guard = _guard(value)
+    if guard is not None:
+        value = guard
+    elif len(readers(value)) > 1 and any(n.op_type == "MatMul" for n in readers(value)):
+        names = sorted(n.op_type for n in readers(value))
+        return f"the probabilities have {len(names)} readers: {', '.join(names)}"
+    if (node := reader(value, "Cast")) is not None:
+        value, cast = node.outputs[0], True
+    matmuls = [n for n in readers(value) if n.op_type == "MatMul" and n.domain == ""]
+    if not matmuls or matmuls[0].inputs[0] is not value:
+        return None
+    if value.is_graph_output() or softmax.outputs[0].is_graph_output():
+        return "the probabilities are an output of the graph"
+    if len(value.uses()) > 1:
+        return f"the probabilities have {len(value.uses())} readers"
+    return matmuls[0], cast
+
+
+def _guard(value: ir.Value) -> ir.Value | None:
+    """The output of Where(IsNaN(value), 0, value), where nothing else reads `value`."""
+    found = {n.op_type: n for n in readers(value)}
+    where, isnan = found.get("Where"), found.get("IsNaN")
+    if len(readers(value)) != 2 or where is None or isnan is None:
+        return None
+    guarded = where.inputs[0] is isnan.outputs[0] and where.inputs[2] is value
+    return where.outputs[0] if guarded and is_scalar(where.inputs[1], 0.0) else None
+
+
+def _unscaled(value: ir.Value) -> tuple[ir.Value, float]:
+    """(tensor, number) with value = tensor * number."""
+    scale = 1.0
+    while (node := producer(value, "Mul", "Div")) is not None:
+        found = with_scalar(node)
+        if found is None or (node.op_type == "Div" and node.inputs[0] is not found[0]):
+            break
+        value = found[0]
+        scale = scale * found[1] if node.op_type == "Mul" else scale / found[1]
+    return value, scale
+
+
+def _untransposed(value: ir.Value) -> ir.Value | None:
+    """What `value` is the transpose of, in its last two dimensions; None where no node says so."""
+    node = producer(value, "Transpose", "Reshape")
+    if node is None:
+        return None
+    x = node.inputs[0]
+    assert x is not None
+    if node.op_type == "Transpose":
+        n, perm = rank(value), list(node.attributes.get_ints("perm", []))
+        return x if n is not None and perm == [*range(n - 2), n - 1, n - 2] else None
+    # torch writes Reshape to rank 3, Transpose, Reshape back for every batch of matrices.
+    inner = producer(x, "Transpose")
+    first = producer(inner.inputs[0], "Reshape") if inner is not None else None
+    if inner is None or first is None or list(inner.attributes.get_ints("perm", [])) != [0, 2, 1]:
+        return None
+    source = first.inputs[0]
+    n = rank(source)
+    if source is None or n is None or n != rank(value):
+        return None
+    kept = all(same_dim(dim(source, a), dim(first.outputs[0], a)) for a in (-1, -2))
+    kept &= same_dim(dim(source, -1), dim(value, -2)) and same_dim(dim(source, -2), dim(value, -1))
+    kept &= all(same_dim(dim(source, a), dim(value, a)) for a in range(n - 2))
+    return source if kept else None
+
+
+def _refusal(found: _Found) -> str | None:
+    """The first condition of the operator that is not met."""
+    q, k_transposed, v = found.q, found.k_transposed, found.v
+    if q.dtype not in FLOATS:
+        return f"queries of {q.dtype.name if q.dtype else 'unknown type'} have no kernel"
+    ranks = [rank(x) for x in (q, k_transposed, v)]
+    if ranks not in ([4, 4, 4], [3, 3, 3]):
+        return f"Q, K and V have ranks {', '.join(map(str, ranks))}; 3 or 4 each is wanted"
+    for what, a, b in (("K", q, k_transposed), ("V", k_transposed, v)):
+        if ranks[0] == 4 and _differ(dim(a, 0), dim(b, 0)):
+            return f"{what} has another batch: {dim(b, 0)}, not {dim(a, 0)}"
+    heads = dim(q, 1), dim(k_transposed, 1), dim(v, 1)
+    if ranks[0] == 3:
+        if not (same_dim(dim(q, 0), dim(k_transposed, 0)) and same_dim(dim(q, 0), dim(v, 0))):
+            shapes = ", ".join(str(x.shape) for x in (q, k_transposed, v))
+            return f"Q, K and V of rank 3 are not known to have one batch: {shapes}"
+    elif not (_same_heads(*heads) or heads[1:] == (1, 1)):
+        return f"Q, K and V have {', '.join(map(str, heads))} heads"
+    if not same_dim(dim(v, -2), dim(k_transposed, -1)) and _differ(
+        dim(v, -2), dim(k_transposed, -1)
+    ):
+        return f"V has {dim(v, -2)} rows for {dim(k_transposed, -1)} keys"
+    if any(to not in FLOATS for to in found.scores.casts):
+        return f"the scores are cast to {found.scores.casts[0].name}"
+    if found.result.dtype not in (None, q.dtype):
+        return f"the result is {found.result.dtype}, the queries are {q.dtype}"
+    return _mask_refusal(found)
+
+
+def _mask_refusal(found: _Found) -> str | None:
+    for term in found.scores.terms:
+        value = term.value if isinstance(term, Add) else term.condition
+        n = rank(value)
+        if n is None or n > (rank(found.q) or 0):
+            return f"the mask {value.name!r} has rank {n}, the scores have {rank(found.q)}"
+        if isinstance(term, Add) and value.dtype not in (found.q.dtype, None):
+            return f"the mask {value.name!r} is {value.dtype}, the queries are {found.q.dtype}"
+        keys = dim(found.k_transposed, -1)
+        if n and dim(value, -1) == 1 and keys != 1:
+            return f"the last dimension of mask {value.name!r} is 1, not that of the keys: {keys}"
+        if not isinstance(term, Add) and found.q.dtype == ir.DataType.FLOAT16:
+            return f"the mask {value.name!r} fills float16 scores, where adding overflows"
+    return None
+
+
+def _differ(a: ir.SymbolicDim | int | None, b: ir.SymbolicDim | int | None) -> bool:
+    """Whether two sizes are known to differ, or one of them broadcasts."""
+    return (isinstance(a, int) and isinstance(b, int) and a != b) or (a == 1) != (b == 1)
+
+
+def _same_heads(*heads: ir.SymbolicDim | int | None) -> bool:
+    return all(same_dim(heads[0], h) for h in heads[1:])
+
+
+def _write(softmax: ir.Node, found: _Found) -> None:
+    graph = softmax.graph
+    assert isinstance(graph, ir.Graph)
+    at = found.result.producer()
+    assert at is not None
+    tape = _Tape(graph)
+    k = found.k
+    if k is None:
+        k = tape.op("Transpose", *_swapped(found.k_transposed))
+    operands = [found.q, k, found.v]
+    mask = _mask(tape, found)
+    heads = rank(found.q) == 4
+    if not heads:
+        axis = new_constant(graph, "head_axis", np.array([1], np.int64))
+        operands = [tape.op("Unsqueeze", [x, axis]) for x in operands]
+        if mask is not None and rank(mask) == 3:
+            mask = tape.op("Unsqueeze", [mask, axis])
+    attributes: dict[str, float | int] = {"scale": found.scores.scale}
+    if found.scores.casts and ir.DataType.FLOAT in found.scores.casts:
+        attributes["softmax_precision"] = int(ir.DataType.FLOAT)
+    y = tape.op("Attention", [*operands, *([] if mask is None else [mask])], attributes)
+    if not heads:
+        y = tape.op("Squeeze", [y, new_constant(graph, "head_axis", np.array([1], np.int64))])
+    replace(found.result, y, tape.nodes)
+
+
+def _swapped(value: ir.Value) -> tuple[list[ir.Value], dict[str, list[int]]]:
+    """Operand and perm of the Transpose that swaps the last two dimensions of `value`."""
+    n = rank(value) or 0
+    perm, node = list(range(n)), producer(value, "Transpose")
+    if node is not None and (x := node.inputs[0]) is not None:  # one Transpose in place of two
+        value, perm = x, list(node.attributes.get_ints("perm", perm[::-1]))
+    return [value], {"perm": [*perm[:-2], perm[-1], perm[-2]]}
+
+
+def _mask(tape: _Tape, found: _Found) -> ir.Value | None:
+    """The terms as one bias: a fill overrides what was added before it."""
+    mask: ir.Value | None = None
+    dtype = found.q.dtype
+    assert dtype is not None
+    for term in found.scores.terms:
+        if isinstance(term, Add):
+            value = term.value
+            if not math.isclose(term.factor, 1.0):
+                value = tape.op("Mul", [value, tape.number(term.factor, dtype)], like=value)
+            if mask is None:
+                mask = value
+                continue
+            total = tape.op("Add", [mask, value])
+            # Two masks that each say the lowest float would overflow to -inf.
+            mask = tape.op("Max", [total, tape.number(SOFT, dtype)]) if _finite(dtype) else total
+        else:
+            number = tape.number(-math.inf if math.isinf(term.number) else SOFT, dtype)
+            below = tape.number(0.0, dtype) if mask is None else mask
+            yes, no = (number, below) if term.when else (below, number)
+            like = term.condition if mask is None else None
+            mask = tape.op("Where", [term.condition, yes, no], like=like)
+        mask.type = ir.TensorType(dtype)
+        if mask.shape is None:
+            n = max(rank(t.value if isinstance(t, Add) else t.condition) or 0
+                    for t in found.scores.terms)  # fmt: skip
+            mask.shape = ir.Shape([None] * n)
+    return mask
+
+
+def _finite(dtype: ir.DataType) -> bool:
+    return dtype != ir.DataType.FLOAT16  # SOFT is no float16
+
+
+class _Tape:
+    """New nodes in order, and the constants that they read."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph, self.nodes = graph, list[ir.Node]()
+
+    def op(
+        self,
+        op_type: str,
+        inputs: list[ir.Value],
+        attributes: Mapping[str, Any] | None = None,
+        like: ir.Value | None = None,
+    ) -> ir.Value:
+        """The output of a new node; `like` gives it its shape."""
+        node = ir.node(op_type, inputs, attributes=attributes)
+        self.nodes.append(node)
+        value = node.outputs[0]
+        value.name = f"{inputs[0].name}_{op_type.lower()}"
+        if like is not None:
+            value.shape = like.shape
+        return value
+
+    def number(self, number: float, dtype: ir.DataType) -> ir.Value:
+        return new_constant(self.graph, "number", np.array(number, dtype.numpy()))
