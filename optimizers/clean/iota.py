@@ -1,0 +1,85 @@
+"""Reading index tensors: 0, 1, 2, ... along one axis, as exporters write positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from ..dims import Dim, dim
+from ..read import constant, ints, is_scalar, producer, rank, scalar
+
+
+@dataclass(frozen=True)
+class Iota:
+    """0, 1, ..., length - 1 along `axis` (counted from the last, so below 0), alike elsewhere.
+
+    Attributes:
+        axis: Where it counts; every other dimension is 1, or repeats.
+        limit: The scalar that Range was given.
+        length: The same as a dimension, where known.
+    """
+
+    axis: int
+    limit: ir.Value
+    length: Dim
+
+
+def read_iota(value: ir.Value | None) -> Iota | None:
+    """What `value` counts; through Unsqueeze, Expand and Cast between integers."""
+    node = producer(value, "Range", "Unsqueeze", "Expand", "Cast")
+    if node is None or value is None:
+        return None
+    if node.op_type == "Range":
+        start, limit, step = node.inputs
+        if limit is None or not (is_zero(start) and is_scalar(step, 1.0)):
+            return None
+        return Iota(-1, limit, _length(value, limit))
+    inner = read_iota(node.inputs[0])
+    if inner is None:
+        return None
+    if node.op_type == "Unsqueeze":
+        n, axes = rank(value), ints(node, "axes", 1)
+        if n is None or axes is None:
+            return None
+        kept = [a for a in range(n) if a not in {x % n for x in axes}]
+        return Iota(kept[inner.axis] - n, inner.limit, inner.length)
+    if node.op_type == "Cast" and node.attributes.get_int("to") != ir.DataType.INT64:
+        return None  # a narrower integer may overflow
+    return inner  # Expand keeps axes counted from the last; a repeated length is 1
+
+
+def is_zero(value: ir.Value | None) -> bool:
+    """Whether a constant is the number 0."""
+    return scalar(value) == 0.0
+
+
+def vector(scalar_value: ir.Value) -> ir.Value | None:
+    """The tensor of one dimension that `scalar_value` was squeezed or gathered from; or None."""
+    node = producer(scalar_value, "Squeeze", "Reshape")
+    source = None if node is None else node.inputs[0]
+    return source if rank(source) == 1 and dim(source, 0) == 1 else None
+
+
+def _length(value: ir.Value, limit: ir.Value) -> Dim:
+    """The number of a Range: by shape inference, or as the dimension that its limit is taken of."""
+    known = dim(value, 0)
+    if isinstance(known, int) or (known is not None and known.value is not None):
+        return known
+    return _dimension(limit)
+
+
+def _dimension(value: ir.Value | None) -> Dim:
+    node = producer(value, "Squeeze", "Gather", "Shape", "Reshape", "Slice", "Cast")
+    if node is None:
+        return None
+    source = node.inputs[0]
+    if node.op_type == "Shape":
+        start = node.attributes.get_int("start", 0)
+        return dim(source, start) if dim(value, 0) == 1 else None
+    if node.op_type == "Gather":
+        shape, index = producer(source, "Shape"), constant(node.inputs[1])
+        if shape is None or index is None or index.size != 1:
+            return None
+        return dim(shape.inputs[0], shape.attributes.get_int("start", 0) + int(index.reshape(())))
+    return _dimension(source) if node.op_type != "Slice" else None

@@ -1,0 +1,157 @@
+"""Read a mask as it is, where an exporter gathers it element by element."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from ..dims import dim, same_dim
+from ..edit import constant as new_constant
+from ..edit import replace
+from ..outcome import Outcome
+from ..read import ints, producer, rank
+from .iota import Iota, read_iota, vector
+
+
+@dataclass(frozen=True)
+class _Found:
+    data: ir.Value
+    iotas: list[Iota]  # one for each dimension of data
+    rank: int  # of the result
+
+
+class SimplifyMaskIndexing(ir.passes.InPlacePass):
+    """Turn a gather of every element, each at its own place, into Unsqueeze.
+
+    ```
+    rows = Range(0, batch, 1)   r = Unsqueeze(rows, [1, 2, 3])     transformers builds masks of
+    keys = Range(0, length, 1)  k = Unsqueeze(keys, [0, 1, 2])     functions of indices, mapped
+    e = Expand(r, s)  f = Expand(k, s)                             over all of them
+    g = Unsqueeze(e, [-1])  h = Unsqueeze(f, [-1])
+    i = Concat<axis=-1>(g, h)
+    y = GatherND(mask, i)                                          [batch, 1, 1, length]
+    ->
+    y = Unsqueeze(mask, [1, 2])
+    ```
+
+    TorchScript writes the same as one index into the flat mask, Gather(Flatten(mask), k + r * n).
+    Where a dimension of the mask is not known to be as long as the indices, a Slice cuts it to
+    them first; where it were shorter, the gather would have failed.
+    """
+
+    def call(self, model: ir.Model) -> Outcome:
+        """Visit GatherND, and every Reshape that may end the flat form."""
+        hits = 0
+        for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
+            if node.op_type not in ("GatherND", "Reshape") or node.domain != "":
+                continue
+            found = _read_nd(node) if node.op_type == "GatherND" else _read_flat(node)
+            if found is not None and _in_order(found):
+                _write(node, found)
+                hits += 1
+        if hits:
+            common.RemoveUnusedNodesPass()(model)
+            common.NameFixPass()(model)
+        return Outcome(model, bool(hits), hits=hits)
+
+
+def _read_nd(node: ir.Node) -> _Found | None:
+    data, indices = node.inputs
+    concat, n = producer(indices, "Concat"), rank(data)
+    if concat is None or data is None or n is None or len(concat.inputs) != n:
+        return None
+    total = rank(indices)
+    axis = concat.attributes.get_int("axis")
+    batched = node.attributes.get_int("batch_dims", 0) != 0
+    if batched or total is None or axis not in (-1, total - 1):
+        return None
+    iotas = []
+    for value in concat.inputs:
+        unsqueeze = producer(value, "Unsqueeze")
+        if unsqueeze is None or ints(unsqueeze, "axes", 1) not in ([-1], [total - 1]):
+            return None
+        iotas.append(read_iota(unsqueeze.inputs[0]))
+    return _Found(data, [i for i in iotas if i], total - 1) if all(iotas) else None
+
+
+def _read_flat(node: ir.Node) -> _Found | None:
+    """Reshape(Gather(Flatten(data), keys + rows * n), shape of the index)."""
+    shape, gather = producer(node.inputs[1], "Shape"), _through_reshapes(node.inputs[0])
+    if gather is None or len(gather.inputs) != 2 or gather.attributes.get_int("axis", 0) != 0:
+        return None
+    flat, index = producer(gather.inputs[0], "Flatten", "Reshape"), gather.inputs[1]
+    add, n = producer(index, "Add"), rank(index)
+    data = None if flat is None else flat.inputs[0]
+    if data is None or add is None or n is None or rank(data) != 2:
+        return None
+    if shape is None or shape.inputs[0] is not index or shape.attributes.get_int("start", 0) != 0:
+        return None
+    # Flat is a column, so that the gathered elements have the order of the index, and its number.
+    if rank(gather.inputs[0]) != 1 and dim(gather.inputs[0], 1) != 1:
+        return None
+    for keys, product in (add.inputs, reversed(add.inputs)):
+        mul, last = producer(product, "Mul"), read_iota(keys)
+        if mul is None or last is None:
+            continue
+        for rows, size in (mul.inputs, reversed(mul.inputs)):
+            first = read_iota(rows)
+            if first is not None and _is_size(size, data):
+                return _Found(data, [first, last], n)
+    return None
+
+
+def _through_reshapes(value: ir.Value | None) -> ir.Node | None:
+    node = producer(value, "Reshape", "Gather")
+    while node is not None and node.op_type == "Reshape":
+        node = producer(node.inputs[0], "Reshape", "Gather")
+    return node
+
+
+def _is_size(value: ir.Value | None, data: ir.Value) -> bool:
+    """Whether a scalar is the last dimension of `data`, read off `data`."""
+    gather = producer(value, "Gather", "Squeeze")
+    shape = producer(gather.inputs[0], "Shape") if gather is not None else None
+    if gather is None or shape is None or shape.inputs[0] is not data:
+        return False
+    start, end = shape.attributes.get_int("start", 0), shape.attributes.get_int("end", 2)
+    if gather.op_type == "Squeeze":
+        return start in (1, -1) and end >= 2
+    index = ir.convenience.get_const_tensor(gather.inputs[1]) if gather.inputs[1] else None
+    if index is None or index.size != 1 or start:
+        return False
+    return int(index.numpy().reshape(())) in (1, -1)
+
+
+def _in_order(found: _Found) -> bool:
+    """Whether each dimension of the data has an axis of its own, in the order of the data."""
+    axes = [i.axis for i in found.iotas]
+    return axes == sorted(set(axes)) and len(axes) == rank(found.data)
+
+
+def _write(node: ir.Node, found: _Found) -> None:
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    data, nodes = found.data, []
+    for axis, iota in enumerate(found.iotas):
+        if same_dim(dim(found.data, axis), iota.length):
+            continue
+        end = vector(iota.limit)
+        if end is None:
+            zero = new_constant(graph, "axis", np.array([0], np.int64))
+            nodes.append(ir.node("Unsqueeze", [iota.limit, zero]))
+            end = nodes[-1].outputs[0]
+            end.name = f"{iota.limit.name}_vector"
+        start = new_constant(graph, "start", np.array([0], np.int64))
+        along = new_constant(graph, "axis", np.array([axis], np.int64))
+        nodes.append(ir.node("Slice", [data, start, end, along]))
+        data = nodes[-1].outputs[0]
+        data.name = f"{found.data.name}_cut"
+    kept = {i.axis + found.rank for i in found.iotas}
+    rest = np.array([a for a in range(found.rank) if a not in kept], np.int64)
+    nodes.append(ir.node("Unsqueeze", [data, new_constant(graph, "axes", rest)]))
+    result = nodes[-1].outputs[0]
+    result.name = f"{found.data.name}_mask"
+    replace(node.outputs[0], result, nodes)
