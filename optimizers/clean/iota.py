@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from ..dims import Dim, dim
+from ..dims import Dim, dim, same_dim
 from ..read import constant, ints, is_scalar, producer, rank, scalar
 
 
@@ -17,12 +17,16 @@ class Iota:
     Attributes:
         axis: Where it counts; every other dimension is 1, or repeats.
         limit: The scalar that Range was given.
-        length: The same as a dimension, where known.
+        lengths: The same as dimensions: as inferred, and as the one that the limit is taken of.
     """
 
     axis: int
     limit: ir.Value
-    length: Dim
+    lengths: tuple[Dim, ...]
+
+    def fills(self, size: Dim) -> bool:
+        """Whether it counts all of a dimension."""
+        return any(same_dim(length, size) for length in self.lengths)
 
 
 def read_iota(value: ir.Value | None) -> Iota | None:
@@ -34,7 +38,7 @@ def read_iota(value: ir.Value | None) -> Iota | None:
         start, limit, step = node.inputs
         if limit is None or not (is_zero(start) and is_scalar(step, 1.0)):
             return None
-        return Iota(-1, limit, _length(value, limit))
+        return Iota(-1, limit, (dim(value, 0), _dimension(limit)))
     inner = read_iota(node.inputs[0])
     if inner is None:
         return None
@@ -43,7 +47,7 @@ def read_iota(value: ir.Value | None) -> Iota | None:
         if n is None or axes is None:
             return None
         kept = [a for a in range(n) if a not in {x % n for x in axes}]
-        return Iota(kept[inner.axis] - n, inner.limit, inner.length)
+        return Iota(kept[inner.axis] - n, inner.limit, inner.lengths)
     if node.op_type == "Cast" and node.attributes.get_int("to") != ir.DataType.INT64:
         return None  # a narrower integer may overflow
     return inner  # Expand keeps axes counted from the last; a repeated length is 1
@@ -61,15 +65,8 @@ def vector(scalar_value: ir.Value) -> ir.Value | None:
     return source if rank(source) == 1 and dim(source, 0) == 1 else None
 
 
-def _length(value: ir.Value, limit: ir.Value) -> Dim:
-    """The number of a Range: by shape inference, or as the dimension that its limit is taken of."""
-    known = dim(value, 0)
-    if isinstance(known, int) or (known is not None and known.value is not None):
-        return known
-    return _dimension(limit)
-
-
 def _dimension(value: ir.Value | None) -> Dim:
+    """The dimension that a number is the size of, read off a Shape."""
     node = producer(value, "Squeeze", "Gather", "Shape", "Reshape", "Slice", "Cast")
     if node is None:
         return None

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from ..dims import same_shape
+from ..dims import dim, same_shape
 from ..edit import constant as new_constant
 from ..edit import replace
 from ..outcome import Outcome
@@ -52,7 +52,8 @@ def _remove(node: ir.Node, truth: ir.Value, mask: ir.Value) -> bool:
     if iota is None and (array is None or not array.all()):
         return False
     one = array is not None and array.size == 1 and array.ndim <= (rank(mask) or 0)
-    if one or same_shape(mask, result):
+    fills = iota is not None and iota.fills(dim(mask, iota.axis))
+    if one or same_shape(mask, result) or (fills and (rank(truth) or 0) <= (rank(mask) or 0)):
         if result.is_graph_output():
             return False
         result.replace_all_uses_with(mask)

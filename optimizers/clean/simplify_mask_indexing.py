@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from ..dims import dim, same_dim
+from ..dims import dim
 from ..edit import constant as new_constant
 from ..edit import replace
 from ..outcome import Outcome
@@ -136,7 +136,7 @@ def _write(node: ir.Node, found: _Found) -> None:
     assert isinstance(graph, ir.Graph)
     data, nodes = found.data, []
     for axis, iota in enumerate(found.iotas):
-        if same_dim(dim(found.data, axis), iota.length):
+        if iota.fills(dim(found.data, axis)):
             continue
         end = vector(iota.limit)
         if end is None:
