@@ -7,7 +7,8 @@ and V than of Q are shared by groups, as in GQA and MQA.
 What a mask is made of does not matter here: padding, causal, ALiBi and relative positions are all
 a bias that is added. A mask that fills (masked_fill) becomes one: scores filled with -inf, or with
 any number too low to be reached, get no weight, and a row that is filled throughout with a finite
-number gets equal weights, which adding SOFT reproduces (x + SOFT is SOFT for every score x).
+number gets equal weights, which adding SOFT reproduces (x + SOFT is SOFT for every score x). Two
+masks with numbers of different depth are refused: in a row that both mask, the higher one wins.
 A row that is -inf throughout is NaN after Softmax, in PyTorch's guarded form 0; the kernel: 0.
 """
 
@@ -26,10 +27,11 @@ from ..edit import constant as new_constant
 from ..edit import replace
 from ..outcome import Outcome
 from ..read import is_scalar, last_axis, producer, rank, reader, readers, with_scalar
-from .scores import Add, Scores, read_scores
+from .scores import Add, Fill, Scores, read_scores
 from .walk import lift
 
 SOFT = -3.3e38  # see lower/soften_attention_mask.py: the kernel takes lower ones for -inf
+DEEP = -1e38  # to what is filled with this, nothing that is added makes a difference
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -194,6 +196,8 @@ def _refusal(found: _Found) -> str | None:
 
 
 def _mask_refusal(found: _Found) -> str | None:
+    fills = [t for t in found.scores.terms if isinstance(t, Fill)]
+    adds = [t for t in found.scores.terms if isinstance(t, Add)]
     for term in found.scores.terms:
         value = term.value if isinstance(term, Add) else term.condition
         n = rank(value)
@@ -204,8 +208,14 @@ def _mask_refusal(found: _Found) -> str | None:
         keys = dim(found.k_transposed, -1)
         if n and dim(value, -1) == 1 and keys != 1:
             return f"the last dimension of mask {value.name!r} is 1, not that of the keys: {keys}"
-        if not isinstance(term, Add) and found.q.dtype == ir.DataType.FLOAT16:
+        if fills and found.q.dtype == ir.DataType.FLOAT16:
             return f"the mask {value.name!r} fills float16 scores, where adding overflows"
+    depths = {f.number for f in fills}
+    if len(depths) > 1:
+        return f"masks fill with different numbers: {', '.join(f'{d:g}' for d in sorted(depths))}"
+    if adds and fills and fills[0].number > DEEP:
+        added, number = adds[0].value.name, fills[0].number
+        return f"the mask {added!r} is added to scores that another fills with {number:g} only"
     return None
 
 
@@ -262,29 +272,18 @@ def _mask(tape: _Tape, found: _Found) -> ir.Value | None:
         if isinstance(term, Add):
             value = term.value
             if not math.isclose(term.factor, 1.0):
-                value = tape.op("Mul", [value, tape.number(term.factor, dtype)], like=value)
-            if mask is None:
-                mask = value
-                continue
-            total = tape.op("Add", [mask, value])
-            # Two masks that each say the lowest float would overflow to -inf.
-            mask = tape.op("Max", [total, tape.number(SOFT, dtype)]) if _finite(dtype) else total
+                value = tape.op("Mul", [value, tape.number(term.factor, dtype)])
+            mask = value if mask is None else tape.op("Add", [mask, value])
         else:
             number = tape.number(-math.inf if math.isinf(term.number) else SOFT, dtype)
             below = tape.number(0.0, dtype) if mask is None else mask
             yes, no = (number, below) if term.when else (below, number)
-            like = term.condition if mask is None else None
-            mask = tape.op("Where", [term.condition, yes, no], like=like)
+            mask = tape.op("Where", [term.condition, yes, no])
+    if mask is not None and mask.shape is None:
+        values = [t.value if isinstance(t, Add) else t.condition for t in found.scores.terms]
+        mask.shape = ir.Shape([None] * max(rank(v) or 0 for v in values))
         mask.type = ir.TensorType(dtype)
-        if mask.shape is None:
-            n = max(rank(t.value if isinstance(t, Add) else t.condition) or 0
-                    for t in found.scores.terms)  # fmt: skip
-            mask.shape = ir.Shape([None] * n)
     return mask
-
-
-def _finite(dtype: ir.DataType) -> bool:
-    return dtype != ir.DataType.FLOAT16  # SOFT is no float16
 
 
 class _Tape:
@@ -298,15 +297,12 @@ class _Tape:
         op_type: str,
         inputs: list[ir.Value],
         attributes: Mapping[str, Any] | None = None,
-        like: ir.Value | None = None,
     ) -> ir.Value:
-        """The output of a new node; `like` gives it its shape."""
+        """The output of a new node."""
         node = ir.node(op_type, inputs, attributes=attributes)
         self.nodes.append(node)
         value = node.outputs[0]
         value.name = f"{inputs[0].name}_{op_type.lower()}"
-        if like is not None:
-            value.shape = like.shape
         return value
 
     def number(self, number: float, dtype: ir.DataType) -> ir.Value:

@@ -7,9 +7,11 @@ or bias (Add, Sub), a mask that fills (Where with a number on one side), and Cas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
 from ..read import constant, producer, scalar, with_scalar
@@ -79,7 +81,7 @@ class Scores:
         self.terms = [
             Add(t.value, t.factor * number)
             if isinstance(t, Add)
-            else Fill(t.condition, t.when, t.number * number)
+            else Fill(t.condition, t.when, _float32(t.number * number))
             for t in self.terms
         ]
 
@@ -93,6 +95,11 @@ class Scores:
             return f"Where {node.name!r} fills with {number:g}, which scores may reach"
         self.terms.append(Fill(condition, when, number))
         return None
+
+
+def _float32(number: float) -> float:
+    """What the graph computes: the lowest float, doubled, is -inf."""
+    return number if number >= np.finfo(np.float32).min else -math.inf
 
 
 def read_scores(softmax: ir.Node) -> Scores | str | None:
