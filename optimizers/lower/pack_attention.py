@@ -1,0 +1,168 @@
+"""Project queries, keys and values inside one attention node, for targets whose kernel does.
+
+Contract: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#commicrosoftattention
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from ..dims import dim
+from ..edit import replace
+from ..outcome import Outcome, describe
+from ..read import constant, ints, is_scalar, producer, rank, scalar
+
+DEEP = -1e38  # a mask of this depth is a padding mask, and not a bias
+FILTER = -3.3e38  # see soften_attention_mask.py
+
+
+@dataclass(frozen=True)
+class _Projection:
+    x: ir.Value
+    weight: ir.Value  # [inputs, outputs]
+    bias: ir.Value | None
+
+
+class PackAttention(ir.passes.InPlacePass):
+    """Write com.microsoft.Attention for self-attention with constant weights.
+
+    ```
+    q = Add(MatMul(x, wq), bq)  k = MatMul(x, wk)  v = Add(MatMul(x, wv), bv)
+    mask = Where(padding, 0, lowest)                       padding: [batch, 1, 1, keys], of bools
+    y = Attention<q_num_heads=12, kv_num_heads=12>(q, k, v, mask)
+    ->
+    w = [wq | wk | wv]  b = [bq | 0 | bv]  m = Cast<int32>([batch, keys] of padding)
+    y = com.microsoft.Attention<num_heads=12>(x, w, b, m)
+    ```
+
+    Declined: other masks than of padding (the kernel adds them, in forms that differ between its
+    providers), masks of bools (a row masked throughout gives zeros, here the mean), weights that
+    something else reads.
+    """
+
+    def call(self, model: ir.Model) -> Outcome:
+        """Visit every Attention of rank 3."""
+        hits, notes = 0, []
+        for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
+            if node.op_type != "Attention" or node.domain != "":
+                continue
+            reason = _pack(node)
+            if reason is None:
+                hits += 1
+            else:
+                notes.append(f"{describe(node)}: {reason}")
+        if hits:
+            model.opset_imports.setdefault("com.microsoft", 1)
+            common.RemoveUnusedNodesPass()(model)
+            common.NameFixPass()(model)
+        return Outcome(model, bool(hits), hits=hits, notes=tuple(notes))
+
+
+def _pack(node: ir.Node) -> str | None:
+    """Replace `node`, or say why not."""
+    graph = node.graph
+    heads = node.attributes.get_int("q_num_heads", 0)
+    if not isinstance(graph, ir.Graph) or heads != node.attributes.get_int("kv_num_heads", 0):
+        return "keys and values have heads of their own"
+    if not heads or any(v is not None for v in node.inputs[4:]) or len(node.outputs) > 1:
+        return "rank 4, or a cache"
+    if node.attributes.get_float("softcap", 0.0) or "softmax_precision" in node.attributes:
+        return "softcap, or a precision of its own"
+    parts = [_projection(v) for v in node.inputs[:3]]
+    found = [p for p in parts if p is not None]
+    if len(found) < 3 or len({p.x for p in found}) > 1:
+        return "queries, keys and values are not projections of one value"
+    if len({(str(p.weight.shape), p.weight.dtype) for p in found}) > 1:
+        return "the projections differ in size"
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    padding = None if mask is None else _padding(mask)
+    if mask is not None and padding is None:
+        return f"the mask {mask.name!r} is not one of padding"
+    nodes: list[ir.Node] = []
+    inputs: list[ir.Value | None] = [found[0].x, *_packed(graph, found)]
+    if padding is not None:
+        nodes.append(ir.node("Cast", [padding], attributes={"to": int(ir.DataType.INT32)}))
+        nodes[-1].outputs[0].name = f"{padding.name}_int32"
+        inputs.append(nodes[-1].outputs[0])
+    size = dim(found[0].weight, 1)
+    assert isinstance(size, int)
+    scale = node.attributes.get_float("scale", 1.0 / float(np.sqrt(size // heads)))
+    attributes: dict[str, float | int] = {"num_heads": heads, "scale": scale}
+    if node.attributes.get_int("is_causal", 0):
+        attributes["unidirectional"] = 1
+    if padding is not None:
+        attributes["mask_filter_value"] = FILTER
+    nodes.append(ir.node("Attention", inputs, attributes=attributes, domain="com.microsoft"))
+    replace(node.outputs[0], nodes[-1].outputs[0], nodes)
+    return None
+
+
+def _projection(value: ir.Value | None) -> _Projection | None:
+    bias = None
+    add = producer(value, "Add")
+    if add is not None:
+        for a, b in (add.inputs, reversed(add.inputs)):
+            if b is not None and b.const_value is not None and rank(b) == 1:
+                value, bias = a, b
+                break
+    matmul = producer(value, "MatMul")
+    if matmul is None:
+        return None
+    x, weight = matmul.inputs
+    if x is None or weight is None or weight.const_value is None or rank(weight) != 2:
+        return None
+    if len(weight.uses()) > 1 or weight.is_graph_input() or rank(x) != 3:
+        return None
+    return _Projection(x, weight, bias)
+
+
+def _packed(graph: ir.Graph, parts: list[_Projection]) -> list[ir.Value]:
+    """The weights side by side, read when they are written to disk, and the biases."""
+    weights = [p.weight.const_value for p in parts if p.weight.const_value is not None]
+    dtype, (rows, columns) = weights[0].dtype, weights[0].shape.numpy()
+    name = f"{parts[0].weight.name}_qkv"
+    tensor = ir.LazyTensor(
+        lambda: ir.tensor(np.concatenate([w.numpy() for w in weights], axis=1)),
+        dtype=dtype,
+        shape=ir.Shape([rows, 3 * columns]),
+        name=name,
+    )
+    biases = [
+        np.zeros(columns, dtype.numpy()) if p.bias is None else constant(p.bias) for p in parts
+    ]
+    values = []
+    for title, data in ((name, tensor), (f"{name}_bias", ir.tensor(np.concatenate(biases)))):
+        value = ir.Value(name=title, const_value=data)
+        value.shape, value.type = ir.Shape(data.shape), ir.TensorType(dtype)
+        graph.register_initializer(value)
+        values.append(value)
+    return values
+
+
+def _padding(mask: ir.Value) -> ir.Value | None:
+    """[batch, keys], True where a key is to be seen, that a mask of padding was made of."""
+    expand = producer(mask, "Expand")
+    where = producer(mask if expand is None else expand.inputs[0], "Where")
+    if where is None:
+        return None
+    seen, yes, no = where.inputs
+    depth = scalar(no)
+    if not is_scalar(yes, 0.0) and scalar(yes) != 0.0:
+        return None
+    if depth is None or not np.finfo(np.float32).min <= depth <= DEEP:
+        return None
+    expand = producer(seen, "Expand")
+    if expand is not None:  # over queries: the last dimension stays
+        seen = expand.inputs[0]
+    unsqueeze = producer(seen, "Unsqueeze")
+    if unsqueeze is None or rank(seen) != 4:
+        return None
+    source = unsqueeze.inputs[0]
+    axes = ints(unsqueeze, "axes", 1)
+    if axes is None or sorted(a % 4 for a in axes) != [1, 2] or rank(source) != 2:
+        return None
+    return source if source is not None and source.dtype == ir.DataType.BOOL else None
