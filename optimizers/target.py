@@ -17,6 +17,7 @@ class Target:
         ops: The ops outside ai.onnx that a pass may write, as `domain::Op`.
         broadcasts_attention_mask: Whether the Attention kernel stretches a mask whose query
             dimension is 1. Where False, `expand_attention_mask` writes the Expand.
+        disabled_optimizers: ONNX Runtime's own optimizers that would undo the form written here.
         reads_lowest_float: Whether the Attention kernel tells the lowest float in a mask from
             -inf. Where False, `soften_attention_mask` writes a higher one.
     """
@@ -28,6 +29,7 @@ class Target:
     ops: frozenset[str] = frozenset()
     broadcasts_attention_mask: bool = False
     reads_lowest_float: bool = False
+    disabled_optimizers: tuple[str, ...] = ()
 
 
 # cuda and tensorrt have their row so that callers can name them; what is lowered for them comes
@@ -49,8 +51,22 @@ TARGETS: dict[str, Target] = {
                     "com.microsoft::MatMulNBits",
                 }
             ),
+            disabled_optimizers=("BiasGeluFusion", "SkipLayerNormFusion"),
         ),
-        Target("cuda", "CUDAExecutionProvider", "fp16", 23),
+        Target(
+            "cuda",
+            "CUDAExecutionProvider",
+            "fp16",
+            23,
+            ops=frozenset(
+                {
+                    "com.microsoft::Attention",
+                    "com.microsoft::BiasGelu",
+                    "com.microsoft::FastGelu",
+                    "com.microsoft::SkipLayerNormalization",
+                }
+            ),
+        ),
         Target("tensorrt", "TensorrtExecutionProvider", "fp16", 23),
     )
 }

@@ -31,7 +31,9 @@ class Session:
             physical cores that it sees. In a container, give the number it may use.
         arena: Keep freed memory for the next run: faster, larger.
         optimize: Let ONNX Runtime optimize the graph further. None takes what the manifest says
-            under `runtime.optimize`, and True where it says nothing.
+            under `runtime.optimize`, and True where it says nothing. Those of its optimizers
+            that the manifest lists under `runtime.disabled_optimizers` stay off either way: they
+            would fuse again what was measured to be faster apart.
         provider_options: Options by provider, {"cuda": {"device_id": 1}}.
         config: Session config entries of ONNX Runtime, for experts.
 
@@ -69,8 +71,10 @@ class Session:
             raise ArtifactError("there is no model here", where=str(path))
         if threads is not None and threads < 1:
             raise InputError(f"threads must be at least 1, not {threads}")
+        recorded = self.manifest.runtime if self.manifest else {}
         if optimize is None:
-            optimize = bool(self.manifest.runtime.get("optimize", True)) if self.manifest else True
+            optimize = bool(recorded.get("optimize", True))
+        self._disabled = list(recorded.get("disabled_optimizers", ()))
         self.path = path
         self._rt = providers.onnxruntime()
         self._asked = providers.resolve(provider)
@@ -175,7 +179,11 @@ class Session:
             options.optimized_model_filepath = str(save_as)
         # enable_fallback: on an error, ONNX Runtime's default is to try again on the CPU.
         return rt.InferenceSession(
-            str(self.path), options, providers=self._providers, enable_fallback=0
+            str(self.path),
+            options,
+            providers=self._providers,
+            disabled_optimizers=self._disabled,
+            enable_fallback=0,
         )
 
     def _open_strict(self) -> Any:
