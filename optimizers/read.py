@@ -50,6 +50,14 @@ def scalar(value: ir.Value | None) -> float | None:
     return float(array.reshape(())) if array is not None and array.size == 1 else None
 
 
+def factor_of(value: ir.Value | None, tensor: ir.Value | None) -> float | None:
+    """`scalar`, where arithmetic with it leaves the rank of `tensor` alone; or None."""
+    array = constant(value)
+    if array is None or array.size != 1 or array.ndim > (rank(tensor) or 0):
+        return None
+    return float(array.reshape(()))
+
+
 def is_scalar(value: ir.Value | None, number: float, rtol: float = 1e-3) -> bool:
     """Whether `value` is the constant `number`; float16 keeps three digits, hence the tolerance."""
     found = scalar(value)
@@ -93,3 +101,19 @@ def last_axis(value: ir.Value | None, axes: list[int] | None) -> bool:
         return False
     n = rank(value)
     return axes[0] == -1 or (n is not None and axes[0] == n - 1)
+
+
+def alike(a: ir.Value | None, b: ir.Value | None, depth: int = 4) -> bool:
+    """Whether two values are one, or the same ops make them of the same values (`depth` deep)."""
+    if a is b:
+        return a is not None
+    one, two = producer(a, *_REPEATABLE), producer(b, *_REPEATABLE)
+    if one is None or two is None or depth == 0 or one.op_type != two.op_type:
+        return False
+    settings = [{name: a.value for name, a in n.attributes.items()} for n in (one, two)]
+    if len(one.inputs) != len(two.inputs) or settings[0] != settings[1]:
+        return False
+    return all(alike(x, y, depth - 1) for x, y in zip(one.inputs, two.inputs, strict=True))
+
+
+_REPEATABLE = ("Add", "Cast", "Div", "Mul", "Pow", "ReduceMean", "Sub")  # no state, no randomness
