@@ -212,7 +212,8 @@ def _vit(real: bool) -> Example:
     from transformers import ViTConfig, ViTModel
 
     small = {} if real else {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128,
-                              "num_attention_heads": 4, "image_size": 32, "patch_size": 8}  # fmt: skip
+                             "num_attention_heads": 4, "image_size": 32,
+                             "patch_size": 8}  # fmt: skip
     model = ViTModel(ViTConfig(**small), add_pooling_layer=False)
     side = 224 if real else 32
     return (
@@ -246,7 +247,8 @@ def _llama(real: bool) -> Example:
              "vocab_size": 1000, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
     if real:  # SmolLM2-135M
         sizes = {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536,
-                 "vocab_size": 49152, "num_attention_heads": 9, "num_key_value_heads": 3}  # fmt: skip
+                 "vocab_size": 49152, "num_attention_heads": 9,
+                 "num_key_value_heads": 3}  # fmt: skip
     model = LlamaModel(LlamaConfig(use_cache=False, **sizes))
     return _text(model, "input_ids", "attention_mask")
 

@@ -11,11 +11,34 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from ..errors import UsageError
+from .clean.convert_opset import ConvertOpset
 from .clean.fold_constants import FoldConstants
+from .clean.fold_slices_of_weights import FoldSlicesOfWeights
 from .clean.infer_shapes import InferShapes
+from .clean.merge_reshapes import MergeReshapes
+from .clean.name_sizes import NameSizes
+from .clean.remove_nan_guards import RemoveNanGuards
 from .clean.remove_no_ops import RemoveNoOps
+from .clean.remove_true_masks import RemoveTrueMasks
+from .clean.simplify_mask_indexing import SimplifyMaskIndexing
+from .clean.simplify_shapes import SimplifyShapes
+from .clean.simplify_with_onnxsim import SimplifyWithOnnxsim
+from .clean.split_packed import SplitPacked
+from .clean.unflatten_gemm import UnflattenGemm
 from .counts import count_changes, count_ops
+from .lift.drop_key_bias import DropKeyBias
+from .lift.lift_attention import LiftAttention
+from .lift.lift_gelu import LiftGelu
+from .lift.lift_layer_normalization import LiftLayerNormalization
+from .lift.lift_rms_normalization import LiftRmsNormalization
+from .lift.lift_rotary_embedding import LiftRotaryEmbedding
+from .lift.merge_attention_heads import MergeAttentionHeads
+from .lift.share_key_heads import ShareKeyHeads
 from .lower.expand_attention_mask import ExpandAttentionMask
+from .lower.expand_rotary_cache import ExpandRotaryCache
+from .lower.fuse_bias_gelu import FuseBiasGelu
+from .lower.fuse_skip_layer_normalization import FuseSkipLayerNormalization
+from .lower.pack_attention import PackAttention
 from .lower.soften_attention_mask import SoftenAttentionMask
 from .outcome import Miss, Outcome
 from .target import Target
@@ -50,22 +73,80 @@ Observer = Callable[[Step, ir.passes.PassBase, ir.Model], None]
 """Called after every pass; it watches, and must leave the model as it is."""
 
 
-def passes(target: Target) -> list[ir.passes.PassBase]:
+def passes(target: Target, *, with_onnxsim: bool = False) -> list[ir.passes.PassBase]:
     """The passes for `target`, in the order in which they run."""
+    return [*clean(with_onnxsim=with_onnxsim), *lift(), *lower(target), *finish()]
+
+
+def clean(*, with_onnxsim: bool = False) -> list[ir.passes.PassBase]:
+    """Leave less of the same, in one form, for the rules that follow to read."""
     return [
-        common.InlinePass(),  # first: passes match nodes, not calls of functions
+        common.RemoveInitializersFromInputsPass(),  # an old file counts its weights as inputs
+        common.InlinePass(),  # passes match nodes, not calls of functions
+        common.RemoveUnusedNodesPass(),  # dead code reads, and rules count readers
+        ConvertOpset(),  # what is lifted is younger than most files
+        *([SimplifyWithOnnxsim()] if with_onnxsim else []),  # on the graph as others know it
         FoldConstants(),  # exporters leave shape arithmetic; less for all that follow
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),  # one form
         common.DeduplicateInitializersPass(),  # before CSE, which compares inputs by identity
         common.CommonSubexpressionEliminationPass(),  # layers that build one mask come to share it
-        InferShapes(),  # no-ops and masks are proved by shapes
+        InferShapes(),  # everything from here on is proved by shapes
+        NameSizes(),  # onnx names a computed size anew; here equal sizes get equal names
+        SimplifyShapes(),  # needs the names; makes constants of most that a Reshape reads
+        InferShapes(),  # those constants tell onnx more
+        NameSizes(),
+        SimplifyMaskIndexing(),  # needs sizes: a gather of every element is the mask itself
+        RemoveTrueMasks(),
+        FoldSlicesOfWeights(),  # projections that are packed come apart
         RemoveNoOps(),  # after CSE: equal shapes are one value by now
-        *(
-            [] if target.reads_lowest_float else [SoftenAttentionMask()]
-        ),  # while the constants of masks are near
-        *(
-            [] if target.broadcasts_attention_mask else [ExpandAttentionMask()]
-        ),  # needs shared masks
+        MergeReshapes(),  # after no-ops, so that pairs are neighbors
+        UnflattenGemm(),  # a Gemm between reshapes is a MatMul to the rules
+        SplitPacked(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        InferShapes(),
+        NameSizes(),
+        RemoveNanGuards(),
+    ]
+
+
+def lift() -> list[ir.passes.PassBase]:
+    """Raise what is left to the ops that mean it. Each removes the dead code that it leaves."""
+    return [
+        LiftGelu(),  # small things first: fewer nodes for the others to pass by
+        LiftLayerNormalization(),
+        LiftRmsNormalization(),
+        LiftRotaryEmbedding(),  # before attention, whose heads hide what is rotated
+        LiftAttention(),
+        common.CommonSubexpressionEliminationPass(),  # each layer drew its own mask
+        InferShapes(),
+        NameSizes(),
+        ShareKeyHeads(),  # reads the Attention just written
+        RemoveNoOps(),
+        MergeAttentionHeads(),  # reads plain views
+        DropKeyBias(),  # needs rank 3, where the bias is next to Attention
+    ]
+
+
+def lower(target: Target) -> list[ir.passes.PassBase]:
+    """Write the form that the kernels of `target` take, and run fastest."""
+    rules: list[tuple[str, ir.passes.PassBase]] = [
+        ("Attention", PackAttention()),  # before masks are widened: it reads their source
+        ("SkipLayerNormalization", FuseSkipLayerNormalization()),
+        ("BiasGelu", FuseBiasGelu()),
+    ]
+    return [
+        *(rule for op, rule in rules if f"com.microsoft::{op}" in target.ops),
+        *([] if target.reads_lowest_float else [SoftenAttentionMask()]),
+        *([] if target.broadcasts_attention_mask else [ExpandAttentionMask()]),
+        *([] if target.broadcasts_rotary_cache else [ExpandRotaryCache()]),
+    ]
+
+
+def finish() -> list[ir.passes.PassBase]:
+    """Leave nothing behind that no one reads."""
+    return [
+        common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),  # after the last rewrite: each leaves nodes behind
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),
@@ -86,6 +167,7 @@ def optimize(
     observers: Iterable[Observer] = (),
     until: str | None = None,
     skip: Collection[str] = (),
+    with_onnxsim: bool = False,
 ) -> list[Step]:
     """Optimize `model` for `target`, in place.
 
@@ -95,6 +177,7 @@ def optimize(
         observers: Called after each pass.
         until: Stop after the first pass of this name.
         skip: Names of passes to leave out, wherever they stand in the list.
+        with_onnxsim: Let onnxsim simplify the graph too, in a process of its own.
 
     Returns:
         What each pass that ran did, in order.
@@ -103,7 +186,9 @@ def optimize(
         UsageError: `until` or `skip` names no pass; the message lists the names there are.
         onnx_ir.passes.PostconditionError: A pass changed the signature: a defect of that pass.
     """
-    return _run(model, passes(target), tuple(observers), until, frozenset(skip))
+    return _run(
+        model, passes(target, with_onnxsim=with_onnxsim), tuple(observers), until, frozenset(skip)
+    )
 
 
 def _run(

@@ -18,6 +18,8 @@ class Target:
         broadcasts_attention_mask: Whether the Attention kernel stretches a mask whose query
             dimension is 1. Where False, `expand_attention_mask` writes the Expand.
         disabled_optimizers: ONNX Runtime's own optimizers that would undo the form written here.
+        broadcasts_rotary_cache: Whether the RotaryEmbedding kernel stretches a cache of batch 1.
+            Where False, `expand_rotary_cache` writes the Expand.
         reads_lowest_float: Whether the Attention kernel tells the lowest float in a mask from
             -inf. Where False, `soften_attention_mask` writes a higher one.
     """
@@ -28,6 +30,7 @@ class Target:
     opset: int
     ops: frozenset[str] = frozenset()
     broadcasts_attention_mask: bool = False
+    broadcasts_rotary_cache: bool = False
     reads_lowest_float: bool = False
     disabled_optimizers: tuple[str, ...] = ()
 

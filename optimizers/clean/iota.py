@@ -38,7 +38,7 @@ def read_iota(value: ir.Value | None) -> Iota | None:
         start, limit, step = node.inputs
         if limit is None or not (is_zero(start) and is_scalar(step, 1.0)):
             return None
-        return Iota(-1, limit, (dim(value, 0), _dimension(limit)))
+        return Iota(-1, limit, (dim(value, 0), size_of(limit)))
     inner = read_iota(node.inputs[0])
     if inner is None:
         return None
@@ -65,8 +65,8 @@ def vector(scalar_value: ir.Value) -> ir.Value | None:
     return source if rank(source) == 1 and dim(source, 0) == 1 else None
 
 
-def _dimension(value: ir.Value | None) -> Dim:
-    """The dimension that a number is the size of, read off a Shape."""
+def size_of(value: ir.Value | None) -> Dim:
+    """The dimension whose size a number is, read off a Shape; None for all other values."""
     node = producer(value, "Squeeze", "Gather", "Shape", "Reshape", "Slice", "Cast")
     if node is None:
         return None
@@ -79,4 +79,4 @@ def _dimension(value: ir.Value | None) -> Dim:
         if shape is None or index is None or index.size != 1:
             return None
         return dim(shape.inputs[0], shape.attributes.get_int("start", 0) + int(index.reshape(())))
-    return _dimension(source) if node.op_type != "Slice" else None
+    return size_of(source) if node.op_type != "Slice" else None

@@ -8,12 +8,12 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from ..dims import dim
+from ..dims import dim, same_dim, same_shape
 from ..edit import constant as new_constant
 from ..edit import replace
 from ..outcome import Outcome
 from ..read import ints, producer, rank
-from .iota import Iota, read_iota, vector
+from .iota import Iota, read_iota, size_of, vector
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _read_nd(node: ir.Node) -> _Found | None:
 
 def _read_flat(node: ir.Node) -> _Found | None:
     """Reshape(Gather(Flatten(data), keys + rows * n), shape of the index)."""
-    shape, gather = producer(node.inputs[1], "Shape"), _through_reshapes(node.inputs[0])
+    gather = _through_reshapes(node.inputs[0])
     if gather is None or len(gather.inputs) != 2 or gather.attributes.get_int("axis", 0) != 0:
         return None
     flat, index = producer(gather.inputs[0], "Flatten", "Reshape"), gather.inputs[1]
@@ -87,7 +87,7 @@ def _read_flat(node: ir.Node) -> _Found | None:
     data = None if flat is None else flat.inputs[0]
     if data is None or add is None or n is None or rank(data) != 2:
         return None
-    if shape is None or shape.inputs[0] is not index or shape.attributes.get_int("start", 0) != 0:
+    if index is None or not _shaped_like(node, index):
         return None
     # Flat is a column, so that the gathered elements have the order of the index, and its number.
     if rank(gather.inputs[0]) != 1 and dim(gather.inputs[0], 1) != 1:
@@ -98,7 +98,7 @@ def _read_flat(node: ir.Node) -> _Found | None:
             continue
         for rows, size in (mul.inputs, reversed(mul.inputs)):
             first = read_iota(rows)
-            if first is not None and _is_size(size, data):
+            if first is not None and same_dim(size_of(size), dim(data, 1)):
                 return _Found(data, [first, last], n)
     return None
 
@@ -110,19 +110,12 @@ def _through_reshapes(value: ir.Value | None) -> ir.Node | None:
     return node
 
 
-def _is_size(value: ir.Value | None, data: ir.Value) -> bool:
-    """Whether a scalar is the last dimension of `data`, read off `data`."""
-    gather = producer(value, "Gather", "Squeeze")
-    shape = producer(gather.inputs[0], "Shape") if gather is not None else None
-    if gather is None or shape is None or shape.inputs[0] is not data:
-        return False
-    start, end = shape.attributes.get_int("start", 0), shape.attributes.get_int("end", 2)
-    if gather.op_type == "Squeeze":
-        return start in (1, -1) and end >= 2
-    index = ir.convenience.get_const_tensor(gather.inputs[1]) if gather.inputs[1] else None
-    if index is None or index.size != 1 or start:
-        return False
-    return int(index.numpy().reshape(())) in (1, -1)
+def _shaped_like(reshape: ir.Node, index: ir.Value) -> bool:
+    """Whether `reshape` gives back the shape of `index`."""
+    shape = producer(reshape.inputs[1], "Shape")
+    if shape is not None and shape.inputs[0] is index:
+        return shape.attributes.get_int("start", 0) == 0 and "end" not in shape.attributes
+    return same_shape(reshape.outputs[0], index)
 
 
 def _in_order(found: _Found) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import replace as replace_field
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -26,8 +27,9 @@ class MergeAttentionHeads(ir.passes.InPlacePass):
     y = Attention<q_num_heads=12, kv_num_heads=12>(q, k, v, mask)
     ```
 
-    All four of Q, K, V and Y, or none: the operator knows no mixed form. Where one is no plain
-    split of heads (rotary embedding in between, a cache), the others stay as they are.
+    A RotaryEmbedding between split and Attention is written in its own form of rank 3, with
+    num_heads. All four of Q, K, V and Y, or none: the operator knows no mixed form. Where one is
+    no plain split of heads (a norm or a cache in between), the others stay as they are.
     """
 
     def call(self, model: ir.Model) -> Outcome:
@@ -53,12 +55,13 @@ class MergeAttentionHeads(ir.passes.InPlacePass):
             q, k, v = (s for s in splits if s is not None)
             if k.heads != v.heads or q.heads % k.heads:
                 continue
+            nodes: list[ir.Node] = []
             merged = ir.node(
                 "Attention",
-                [q.source, k.source, v.source, *node.inputs[3:4]],
+                [*(_merged(s, nodes) for s in (q, k, v)), *node.inputs[3:4]],
                 attributes={**node.attributes, "q_num_heads": q.heads, "kv_num_heads": k.heads},
             )
-            replace(joined, merged.outputs[0], [merged])
+            replace(joined, merged.outputs[0], [*nodes, merged])
             hits += 1
         if hits:
             common.RemoveUnusedNodesPass()(model)
@@ -71,10 +74,34 @@ class _Split:
     source: ir.Value  # [batch, length, heads * size]
     heads: int
     size: int
+    rotary: ir.Node | None = None  # applied after the split
+
+
+def _merged(split: _Split, nodes: list[ir.Node]) -> ir.Value:
+    """The value of rank 3 for Attention to split; what makes it is added to `nodes`."""
+    rotary = split.rotary
+    if rotary is None:
+        return split.source
+    made = ir.node(
+        "RotaryEmbedding",
+        [split.source, *rotary.inputs[1:]],
+        attributes={**rotary.attributes, "num_heads": split.heads},
+    )
+    nodes.append(made)
+    value, like = made.outputs[0], rotary.outputs[0]
+    value.name, value.type, value.shape = f"{like.name}_rows", like.type, split.source.shape
+    return value
 
 
 def _split(value: ir.Value | None) -> _Split | None:
     """[batch, length, heads * size] that Reshape and Transpose turned into `value`."""
+    rotary = producer(value, "RotaryEmbedding")
+    if rotary is not None and value is not None:
+        inner = _split(rotary.inputs[0])
+        alone = len(value.uses()) == 1 and not value.is_graph_output()  # else computed twice
+        if inner is None or inner.rotary is not None or not alone:
+            return None
+        return replace_field(inner, rotary=rotary)
     transpose = producer(value, "Transpose")
     if transpose is None or list(transpose.attributes.get_ints("perm", [])) != _HEADS_FIRST:
         return None

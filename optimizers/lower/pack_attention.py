@@ -123,21 +123,21 @@ def _projection(value: ir.Value | None) -> _Projection | None:
 def _packed(graph: ir.Graph, parts: list[_Projection]) -> list[ir.Value]:
     """The weights side by side, read when they are written to disk, and the biases."""
     weights = [p.weight.const_value for p in parts if p.weight.const_value is not None]
-    dtype, (rows, columns) = weights[0].dtype, weights[0].shape.numpy()
+    dtype, shape = weights[0].dtype, weights[0].shape.numpy()
     name = f"{parts[0].weight.name}_qkv"
     tensor = ir.LazyTensor(
         lambda: ir.tensor(np.concatenate([w.numpy() for w in weights], axis=1)),
         dtype=dtype,
-        shape=ir.Shape([rows, 3 * columns]),
+        shape=ir.Shape([shape[0], 3 * shape[1]]),
         name=name,
     )
-    biases = [
-        np.zeros(columns, dtype.numpy()) if p.bias is None else constant(p.bias) for p in parts
-    ]
+    none = np.zeros(shape[1], dtype.numpy())
+    biases = [constant(p.bias) for p in parts]
+    bias = np.concatenate([none if b is None else b for b in biases])
     values = []
-    for title, data in ((name, tensor), (f"{name}_bias", ir.tensor(np.concatenate(biases)))):
+    for title, data in ((name, tensor), (f"{name}_bias", ir.tensor(bias))):
         value = ir.Value(name=title, const_value=data)
-        value.shape, value.type = ir.Shape(data.shape), ir.TensorType(dtype)
+        value.shape, value.type = ir.Shape(data.shape.numpy()), ir.TensorType(dtype)
         graph.register_initializer(value)
         values.append(value)
     return values

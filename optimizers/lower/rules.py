@@ -33,7 +33,7 @@ class _Declined(MatchingTracer):
 
 def fuse(model: ir.Model, rules: Sequence[type[RewriteRuleClassBase]]) -> Outcome:
     """Apply the rules until none of them matches; the notes say what they declined."""
-    rule_set = RewriteRuleSet([rule.rule() for rule in rules])
+    rule_set = RewriteRuleSet([rule.rule() for rule in rules])  # type: ignore[no-untyped-call]
     hits = rule_set.apply_to_model(model)
     if hits:
         common.RemoveUnusedNodesPass()(model)

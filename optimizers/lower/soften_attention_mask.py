@@ -95,7 +95,11 @@ def _is_soft(mask: ir.Value) -> bool:
     if node is None or node.op_type != "Where" or node.inputs[1] is None:
         return False
     constant = node.inputs[1].const_value
-    return constant is not None and constant.size == 1 and float(constant.numpy()) == _FLOAT32_SOFT
+    return (
+        constant is not None
+        and constant.size == 1
+        and float(constant.numpy().reshape(())) == _FLOAT32_SOFT
+    )
 
 
 _FLOAT32_SOFT = float(np.float32(SOFT))
