@@ -2,6 +2,7 @@
 
     onnxpress.press("my_model.py:build", "out/")     source -> checked, optimized artifact
     onnxpress.export("my_model.py:build", "out/")    the same without lowering for a target
+    onnxpress.optimize("model.onnx", "out/")         an ONNX file, or an artifact once more
     model = onnxpress.load("out/")                   Embedder, Classifier, ..., or Session
 
 `import onnxpress` loads neither torch nor onnx nor onnxruntime; each verb loads what it needs.
@@ -14,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 # The function and its module share a name: bound here, once the module is imported, the
 # function stays, whoever imports the module later.
 from .errors import OnnxpressError
-from .press import export, press
+from .press import export, optimize, press
 
 if TYPE_CHECKING:
     from .runtime import Session, load
 
-__all__ = ["OnnxpressError", "Session", "export", "load", "press"]
+__all__ = ["OnnxpressError", "Session", "export", "load", "optimize", "press"]
 
 
 def __getattr__(name: str) -> Any:

@@ -87,7 +87,8 @@ class Manifest:
         settings: What the task needs (pooling, labels, end-of-text ids, ...).
         kv: Layout of the key-value cache of a generate artifact, or None.
         ops: Operator counts of the graph, `domain::Name` outside ai.onnx.
-        passes: Each pass in order: `name`, `changed`, `ops` (count differences), `notes`.
+        passes: Each pass in order: `name`, `changed`, `ops` (count differences), `hits`, `notes`.
+        fusions: Each kind of layer: `kind`, `fused`, `lifted`, `missed`; None where not recorded.
         parity: What was compared, and how far apart it was; None where there was no reference.
         tools: Versions that made it.
         files: For each other file: `bytes` and `sha256`. Filled in by `Staging.publish`.
@@ -103,6 +104,7 @@ class Manifest:
     kv: dict[str, Any] | None = None
     ops: dict[str, int] = field(default_factory=dict)
     passes: list[dict[str, Any]] = field(default_factory=list)
+    fusions: list[dict[str, Any]] | None = None
     parity: dict[str, Any] | None = None
     runtime: dict[str, Any] = field(default_factory=lambda: {"onnxruntime": ORT_RANGE})
     tools: dict[str, str] = field(default_factory=dict)
@@ -216,10 +218,15 @@ def open_model(path: str | os.PathLike[str]) -> ir.Model:
     path = Path(path)
     path = path / MODEL if path.is_dir() else path
     try:
+        if path.stat().st_size >= 1 << 31:  # protobuf would read it all, and call it corrupt
+            raise ValueError("a protobuf above 2 GB cannot be read; save it with external data")
         model: ir.Model = onnx_ir.load(path)
         return model
     except Exception as e:  # protobuf and onnx_ir raise many kinds for a damaged file
-        raise ArtifactError(f"the graph cannot be read: {e}", where=str(path)) from e
+        cause: BaseException = e
+        while cause.__cause__ is not None:  # onnx_ir says what was read, the innermost what failed
+            cause = cause.__cause__
+        raise ArtifactError(f"the graph cannot be read: {cause}", where=str(path)) from e
 
 
 def sha256(*paths: str | os.PathLike[str]) -> str:

@@ -53,7 +53,18 @@ MANIFEST: dict[str, Any] = {
         NoneType,
     ),
     "ops?": {str: int},
-    "passes?": [{"name": str, "changed": bool, "ops": {str: int}, "notes": [str]}],
+    "passes?": [{"name": str, "changed": bool, "ops": {str: int}, "notes": [str], "hits?": int}],
+    "fusions?": (
+        [
+            {
+                "kind": str,
+                "fused": int,
+                "lifted": int,
+                "missed": [{"node": str, "reason": str}],
+            }
+        ],
+        NoneType,
+    ),
     "parity?": (
         {
             "reference": str,
@@ -67,7 +78,7 @@ MANIFEST: dict[str, Any] = {
         },
         NoneType,
     ),
-    "runtime?": {"onnxruntime?": str, "optimize?": bool},
+    "runtime?": {"onnxruntime?": str, "optimize?": bool, "disabled_optimizers?": [str]},
     "tools?": {str: str},
     "files": {str: {"bytes": int, "sha256": str}},
 }

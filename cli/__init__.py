@@ -1,6 +1,7 @@
 """The command line: each command parses, calls one verb, and prints.
 
     build.py   export, press, verify, bench: from a source to an artifact, and its proof
+    graph.py   optimize, diff: from graph to graph, and what lies between two
     use.py     run, inspect, doctor: what an artifact and this machine can do
     show.py    progress, tables and JSON on the terminal
     texts.py   texts and feeds from arguments, JSON lines, .npz files and standard input
@@ -21,7 +22,7 @@ from typing import Any
 import click
 
 from ..errors import OnnxpressError
-from . import build, use
+from . import build, graph, use
 
 
 class _Terminated(KeyboardInterrupt):
@@ -79,5 +80,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (*build.COMMANDS, *use.COMMANDS):
+for command in (*build.COMMANDS, *graph.COMMANDS, *use.COMMANDS):
     main.add_command(command)

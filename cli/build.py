@@ -39,7 +39,6 @@ class Sizes(click.ParamType[list[int]]):
         return sizes
 
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _pickle = click.option(
     "--trust-pickle", is_flag=True, help="Read pickled weights; they can run code of their author."
 )
@@ -51,17 +50,27 @@ _source = click.option(
 def _common(command: Command) -> Command:
     """The options that export and press share."""
     for option in (
-        _json,
         _pickle,
-        click.option(
-            "--allow-drift",
-            is_flag=True,
-            help="Publish even where the check against PyTorch fails; the manifest says so.",
-        ),
-        click.option("--force", is_flag=True, help="Replace the artifact that is there."),
         click.option(
             "--task", type=click.Choice(TASKS), help="What it is for; found from the source."
         ),
+        publishing,
+        click.argument("source", metavar="SOURCE", type=click.Path()),
+    ):
+        command = option(command)
+    return command
+
+
+def publishing(command: Command) -> Command:
+    """The options of every command that writes an artifact."""
+    for option in (
+        show.json_option,
+        click.option(
+            "--allow-drift",
+            is_flag=True,
+            help="Publish even where the check fails; the manifest says so.",
+        ),
+        click.option("--force", is_flag=True, help="Replace the artifact that is there."),
         click.option(
             "-o",
             "--output",
@@ -71,10 +80,14 @@ def _common(command: Command) -> Command:
             required=True,
             help="The artifact to write.",
         ),
-        click.argument("source", metavar="SOURCE", type=click.Path()),
     ):
         command = option(command)
     return command
+
+
+require_fused = click.option(
+    "--require-fused", is_flag=True, help="Refuse a graph of which a layer stays unfused."
+)
 
 
 @click.command()
@@ -82,36 +95,45 @@ def _common(command: Command) -> Command:
 def export(source: str, out: str, as_json: bool, **options: Any) -> None:
     """Export SOURCE to a portable graph, checked against PyTorch."""
     manifest = export_source(source, out, progress=show.progress(as_json), **options)
-    _published(manifest, out, as_json)
+    published(manifest, out, as_json)
 
 
 @click.command()
 @_common
 @click.option("--target", default="cpu", show_default=True, type=click.Choice(["cpu"]),
               help="What to optimize for.")  # fmt: skip
+@require_fused
 @click.option("--no-measure", "measure", is_flag=True, flag_value=False, default=True,
               help="Do not time it against PyTorch.")  # fmt: skip
 def press(source: str, out: str, as_json: bool, **options: Any) -> None:
     """Export SOURCE, optimize it for a target, check it, measure it."""
     manifest = press_source(source, out, progress=show.progress(as_json), **options)
-    _published(manifest, out, as_json)
+    published(manifest, out, as_json)
 
 
-def _published(manifest: Manifest, out: str, as_json: bool) -> None:
+def published(manifest: Manifest, out: str, as_json: bool) -> None:
+    """Print what was published."""
     show.done()
     if as_json:
         show.json_line({"directory": out, **asdict(manifest)})
         return
     for note in manifest.source["notes"]:
         click.echo(f"note: {note}")
-    parity = manifest.parity or {}
-    worst = max(parity["max_abs"].values(), key=float, default=0.0)
-    click.echo(
-        f"{out}: {manifest.task}, {sum(manifest.ops.values())} nodes, "
-        f"{len(parity['points'])} points against {parity['reference']}, "
-        f"max |difference| {worst}"
-    )
-    if parity["allowed_drift"]:
+    told = f"{out}: {manifest.task}, {sum(manifest.ops.values())} nodes"
+    parity = manifest.parity
+    if parity:
+        worst = max(parity["max_abs"].values(), key=float, default=0.0)
+        told += (
+            f", {len(parity['points'])} points against {parity['reference']}, "
+            f"max |difference| {worst}"
+        )
+    click.echo(told)
+    for word, count in (("fused", lambda f: f["fused"]), ("unfused", lambda f: len(f["missed"]))):
+        rows = [f"{f['kind']} {count(f)}" for f in manifest.fusions or () if count(f)]
+        if rows:
+            why = "" if word == "fused" else f" (`onnxpress inspect {out} --fusions` says why)"
+            click.echo(f"{word}: {', '.join(rows)}{why}")
+    if parity and parity["allowed_drift"]:
         click.secho(f"drift was allowed: {parity['worst']}", fg="yellow")
 
 
@@ -119,7 +141,7 @@ def _published(manifest: Manifest, out: str, as_json: bool) -> None:
 @click.argument("directory", metavar="DIR", type=click.Path())
 @_source
 @_pickle
-@_json
+@show.json_option
 def verify(directory: str, source: str | None, trust_pickle: bool, as_json: bool) -> None:
     """Check DIR again: files, signature, and PyTorch where the source is at hand."""
     found = verify_artifact(
@@ -142,7 +164,7 @@ def verify(directory: str, source: str | None, trust_pickle: bool, as_json: bool
 @click.option("--threads", type=click.IntRange(1), help="Threads of each contestant.")
 @click.option("--rounds", type=click.IntRange(9), default=9, show_default=True)
 @_pickle
-@_json
+@show.json_option
 def bench(directory: str, as_json: bool, **options: Any) -> None:
     """Time DIR; the last line is JSON."""
     result = bench_artifact(directory, progress=show.progress(as_json), **options)

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
 
 def progress(quiet: bool = False) -> Callable[[str], None]:
     """A function that prints each step to standard error as it begins, with the seconds so far.

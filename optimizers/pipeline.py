@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -206,7 +208,8 @@ def _run(
         if name not in skip:
             start = time.perf_counter()
             try:
-                result = p(model)
+                with _quiet():
+                    result = p(model)
                 _check_signature(name, signature, _signature(model))
             except Exception as e:
                 e.add_note(f"raised by pass {index}, {name}")
@@ -227,6 +230,20 @@ def _run(
     return steps
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence warnings of the libraries, which name values of theirs; what matters is a note."""
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def _check_names(known: list[str], asked: set[str]) -> None:
     if unknown := sorted(asked - set(known)):
         raise UsageError(
@@ -239,9 +256,11 @@ _Signature = dict[str, list[tuple[str | None, ir.DataType | None, int | None]]]
 
 
 def _signature(model: ir.Model) -> _Signature:
+    # Before IR version 4 every initializer had to be an input too: a default, not what is asked.
+    inputs = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
     return {
         side: [(v.name, v.dtype, None if v.shape is None else len(v.shape)) for v in values]
-        for side, values in (("inputs", model.graph.inputs), ("outputs", model.graph.outputs))
+        for side, values in (("inputs", inputs), ("outputs", model.graph.outputs))
     }
 
 

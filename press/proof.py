@@ -86,7 +86,7 @@ def _verify_parity(
             from .. import exporter
         progress(f"read {spec}")
         built = exporter.resolve(spec, task=manifest.task, trust_pickle=trust_pickle)
-        reference = reference_of(built)
+        reference = reference_of(built, spec)
     except OnnxpressError as e:
         if source:
             raise

@@ -81,7 +81,7 @@ def bench(
         built = exporter.resolve(spec, task=manifest.task, trust_pickle=trust_pickle)
         if built.module is None:
             raise UsageError("the source is an ONNX file: there is no PyTorch to compare with")
-        reference = reference_of(built)
+        reference = reference_of(built, spec)
     names = symbols(session.inputs)
     shapes = [
         Shape({n: b if i == 0 else 0 if "past" in n else s for i, n in enumerate(names)})
@@ -107,7 +107,8 @@ def time_against(
         feeds = _feeds(session, reference, shape)
         contestants: dict[str, Callable[[], object]] = {"onnxpress": lambda: session.run(feeds)}
         if reference:
-            contestants[reference.name.split()[0]] = reference.prepare(feeds)
+            torch = reference.name.startswith("torch")
+            contestants["torch" if torch else "before"] = reference.prepare(feeds)
         timed = time_runs(contestants, rounds=rounds, min_seconds=0.2)
         medians = {name: round(t.median, 3) for name, t in timed.items()}
         row: dict[str, Any] = {**shape.dims, "ms": medians}

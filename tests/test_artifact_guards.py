@@ -254,7 +254,7 @@ def test_what_cannot_be_read_is_not_published(tmp_path):
 def test_a_parity_without_outputs_is_printed(capsys):
     parity = {"max_abs": {}, "points": [], "reference": "torch", "allowed_drift": False}
     source = {**manifest().source, "notes": []}
-    build._published(artifact.replace(manifest(), source=source, parity=parity), "out", False)
+    build.published(artifact.replace(manifest(), source=source, parity=parity), "out", False)
     assert "max |difference| 0.0" in capsys.readouterr().out
 
 

@@ -19,7 +19,17 @@ from . import factories, onnx_models
 from .onnx_models import WORDS
 
 LINEAR = f"{factories.__file__}:linear"
-COMMANDS = ("export", "press", "run", "verify", "inspect", "bench", "doctor")
+COMMANDS = (
+    "export",
+    "press",
+    "optimize",
+    "run",
+    "verify",
+    "inspect",
+    "diff",
+    "bench",
+    "doctor",
+)
 
 
 def call(*words: object, stdin: str | bytes | None = None) -> Result:

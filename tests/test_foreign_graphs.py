@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -22,7 +24,9 @@ from onnxpress.errors import OnnxpressError, SourceError
 from onnxpress.exporter import resolve
 from onnxpress.optimizers import TARGETS, count_ops, optimize
 from onnxpress.optimizers.clean.convert_opset import ConvertOpset
+from onnxpress.optimizers.clean.infer_shapes import InferShapes
 from onnxpress.optimizers.clean.simplify_with_onnxsim import SimplifyWithOnnxsim
+from onnxpress.runtime import Session
 
 from . import onnx_models
 
@@ -337,6 +341,20 @@ def bytes_of(text: str, **options) -> bytes:
     return ir.to_proto(model(text, **options)).SerializeToString()
 
 
+def changed(text: str, change: Callable[[onnx.ModelProto], Any], opset: int = 17) -> bytes:
+    proto = ir.to_proto(model(text, opset=opset))
+    change(proto)
+    return proto.SerializeToString()
+
+
+def tensor(*shape: int) -> onnx.TensorProto:
+    return numpy_helper.from_array(np.ones(shape, np.float32), "w")
+
+
+ADD = "g (float[2,3] x) => (float[2,3] y) { y = Add(x, w) }"
+SPARSE = onnx.SparseTensorProto(
+    values=tensor(2), indices=numpy_helper.from_array(np.array([0, 4])), dims=[2, 3]
+)
 BAD = {
     "Required attribute 'axis' is missing": bytes_of(
         "g (float[2,3] x) => (float[4,3] y) { y = Concat(x, x) }"
@@ -351,13 +369,26 @@ BAD = {
     "acme:Spin": bytes_of(
         "g (float[2,3] x) => (float[2,3] y) { y = acme.Spin(x) }", imports=', "acme" : 1'
     ),
+    "'y' is given twice": changed(RELU, lambda p: p.graph.output.append(p.graph.output[0])),
+    "two opsets of ai.onnx: 17 and 11": bytes_of(RELU, imports=', "ai.onnx" : 11'),
+    "is of opset 28": changed(RELU, lambda p: setattr(p.opset_import[0], "domain", "ai.onnx"), 28),
+    "FLOAT[2,3], and its tensor is FLOAT[2]": changed(
+        ADD, lambda p: p.graph.initializer.extend([tensor(2, 3), tensor(2)])
+    ),
+    "'w', which nothing gives": changed(ADD, lambda p: p.graph.sparse_initializer.append(SPARSE)),
+    "my::f imports opset 16 of ai.onnx": ir.to_proto(ir.from_onnx_text(
+        """<ir_version: 8, opset_import: ["" : 17, "my" : 1]>
+        g (float[2,3] x) => (float[2,3] y) { y = my.f(x) }
+        <domain: "my", opset_import: ["" : 16]> f (x) => (y) { y = Relu(x) }"""
+    )).SerializeToString(),
+    "no kernel for a node": bytes_of("g (float[2] x) => (float[2] y) { y = Add(x, x) }", opset=6),
     "is of opset 29": bytes_of(RELU, opset=29),
     "IR version 14": bytes_of(RELU, ir_version=14),
     "of type STRING": bytes_of("g (string[2] x) => (string[2] y) { y = Identity(x) }"),
     "the file holds no graph": b"",
     "cannot be read": bytes_of(RELU)[:-3],
     "cannot be read ": b"hello world, not a model\n" * 20,
-}
+}  # fmt: skip
 
 
 def refused(path: Path, said: str) -> None:
@@ -367,6 +398,7 @@ def refused(path: Path, said: str) -> None:
         onnxpress.press(str(path), out, measure=False)
     assert said.strip() in caught.value.what
     assert path.parent.as_posix() in caught.value.where
+    assert caught.value.hint
     assert not out.parent.exists() or not list(out.parent.iterdir())
 
 
@@ -383,26 +415,130 @@ def test_names_that_repeat_are_refused(tmp_path):
     proto = ir.to_proto(model(RELU))
     proto.graph.node[1].output[0] = proto.graph.output[0].name = "a"
     path.write_bytes(proto.SerializeToString())
-    refused(path, "cannot be read")
+    refused(path, "cannot be read: Output 'a' is redeclared")
     for node in (proto := ir.to_proto(model(RELU))).graph.node:
         node.name = "same"
     path.write_bytes(proto.SerializeToString())
     refused(path, "two nodes with same node name (same)")
 
 
-@pytest.mark.parametrize(
-    ("said", "size"), [("weights is missing", None), ("out of bounds", 100), ("out of bounds", 0)]
-)
-def test_weights_that_are_missing_or_cut_are_refused(said, size, tmp_path):
-    path = tmp_path / "model.onnx"
+def test_of_two_initializers_of_one_name_the_later_counts_as_in_onnxruntime(tmp_path):
+    later = numpy_helper.from_array(np.full((2, 3), 7, np.float32), "w")
+    (tmp_path / "model.onnx").write_bytes(
+        changed(ADD, lambda p: p.graph.initializer.extend([tensor(2, 3), later]))
+    )
+    onnxpress.press(str(tmp_path / "model.onnx"), tmp_path / "out", measure=False)
+    have = onnxpress.load(tmp_path / "out").run({"x": np.zeros((2, 3), np.float32)})["y"]
+    np.testing.assert_array_equal(have, np.full((2, 3), 7))
+
+
+def with_weights_beside(path: Path) -> onnx.ModelProto:
     text = "g (float[batch,64] x, float[64,3] w) => (float[batch,3] y) { y = MatMul(x, w) }"
     graph = onnx_models.graph(text, {"w": np.ones((64, 3), np.float32)})
     ir.save(graph, path, external_data="model.data", size_threshold_bytes=0)
-    data = tmp_path / "model.data"
-    assert resolve(str(path)).graph.graph.initializers["w"].const_value.nbytes == 768
+    return onnx.load(path, load_external_data=False)
+
+
+@pytest.mark.parametrize("size", [None, 0, 100, 767, 768])
+@pytest.mark.parametrize("place", ["graph", "branch", "attribute"])
+def test_weights_that_are_missing_or_cut_are_refused(place, size, tmp_path):
+    path, data = tmp_path / "model.onnx", tmp_path / "model.data"
+    proto = with_weights_beside(path)
+    weight = proto.graph.initializer.pop()
+    match place:
+        case "graph":
+            proto.graph.initializer.append(weight)
+        case "attribute":
+            node = onnx.NodeProto(op_type="Constant", output=["w"])
+            node.attribute.add(name="value", type=onnx.AttributeProto.TENSOR, t=weight)
+            proto.graph.node.insert(0, node)
+        case "branch":
+            branch = onnx.GraphProto(name="b", node=proto.graph.node, initializer=[weight])
+            branch.output.append(proto.graph.output[0])
+            branch.node[0].output[0] = branch.output[0].name = "z"
+            test = onnx.NodeProto(op_type="Constant", output=["c"])
+            yes = numpy_helper.from_array(np.array(True))
+            test.attribute.add(name="value", type=onnx.AttributeProto.TENSOR, t=yes)
+            either = onnx.NodeProto(op_type="If", input=["c"], output=["y"])
+            for name in ("then_branch", "else_branch"):
+                either.attribute.add(name=name, type=onnx.AttributeProto.GRAPH, g=branch)
+            del proto.graph.node[:]
+            proto.graph.node.extend([test, either])
+    path.write_bytes(proto.SerializeToString())
     data.write_bytes(data.read_bytes()[: size or 0])
+    if size == 768:
+        assert resolve(str(path)).graph
+        return
     if size is None:
         data.unlink()
-        with pytest.raises(SourceError, match="missing"):
-            resolve(str(path))
-    refused(path, said)
+    with pytest.raises(SourceError) as caught:
+        resolve(str(path))
+    assert ("missing" if size is None else f"cut short: {size} bytes, tensor") in caught.value.what
+    assert caught.value.where == str(data)
+    refused(path, caught.value.what)
+
+
+@pytest.mark.parametrize("location", ["../model.data", "sub/../../model.data", "/etc/passwd"])
+def test_weights_outside_of_the_folder_are_refused(location, tmp_path):
+    path = tmp_path / "sub" / "model.onnx"
+    path.parent.mkdir()
+    proto = with_weights_beside(path)
+    (path.parent / "model.data").rename(tmp_path / "model.data")
+    entries = proto.graph.initializer[0].external_data
+    next(e for e in entries if e.key == "location").value = location
+    path.write_bytes(proto.SerializeToString())
+    refused(path, f"outside of its folder, in {location}")
+
+
+def test_weights_that_are_a_link_to_another_folder_are_taken(tmp_path):
+    path = tmp_path / "model.onnx"
+    with_weights_beside(path)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "model.data").rename(tmp_path / "blobs" / "data")
+    (tmp_path / "model.data").symlink_to("blobs/data")
+    assert resolve(str(path)).weights_sha256
+
+
+# What was found in the field -------------------------------------------------------------------
+
+
+def test_an_initializer_that_is_an_input_is_a_weight(tmp_path):
+    path, out = tmp_path / "model.onnx", tmp_path / "out"
+    path.write_bytes(overridable().SerializeToString())
+    assert [i.name for i in onnxpress.press(str(path), out, measure=False).inputs] == ["x"]
+    assert [v.name for v in ir.load(out / "model.onnx").graph.inputs] == ["x"]
+    manifest = onnxpress.optimize(path, tmp_path / "again")
+    assert [i.name for i in manifest.inputs] == ["x"]
+
+
+def test_weights_of_four_bits_are_multiplied_exactly(tmp_path):
+    text = """g (float[batch,64] x, int4[64,32] w, float[2,32] s) => (float[batch,32] y) {
+        d = DequantizeLinear<axis=0, block_size=32>(w, s) y = MatMul(x, d) }"""
+    rng = np.random.default_rng(0)
+    w = rng.integers(-8, 8, (64, 32)).astype(ml_dtypes.int4)
+    s = rng.uniform(0.01, 0.1, (2, 32)).astype(np.float32)
+    ir.save(onnx_models.graph(text, {"w": w, "s": s}, opset=21), tmp_path / "model.onnx")
+    x = rng.standard_normal((3, 64)).astype(np.float32)
+    want = x @ (w.astype(np.float32) * s.repeat(32, axis=0))
+    level = {"session.qdq_matmulnbits_accuracy_level": "4"}  # ONNX Runtime's default
+    exact, rounded = (Session(tmp_path / "model.onnx", config=c) for c in (None, level))
+    np.testing.assert_allclose(exact.run({"x": x})["y"], want, rtol=1e-5, atol=1e-5)
+    assert np.abs(rounded.run({"x": x})["y"] - want).max() > 1e-3
+
+
+SEQUENCES = """g (float[2] x, float[3] z, bool c) => (float[n] y) {
+    s = If(c) <then_branch = a () => (seq(float[n]) p) { p = SequenceConstruct(x, z) },
+               else_branch = b () => (seq(float[n]) q) { q = SequenceConstruct(z) }>
+    t = Identity(s) u = SequenceInsert(t, x) y = ConcatFromSequence<axis=0>(u) }"""
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_sequence_does_not_become_a_tensor(flag):
+    arrays = np.ones(2, np.float32), np.zeros(3, np.float32), np.array(flag)
+    graph = model(SEQUENCES)
+    want = run(graph, *arrays)
+    assert InferShapes()(graph).modified
+    assert not InferShapes()(graph).modified
+    np.testing.assert_array_equal(run(graph, *arrays)[0], want[0])
+    optimize(graph, TARGETS["cpu"])
+    np.testing.assert_array_equal(run(graph, *arrays)[0], want[0])

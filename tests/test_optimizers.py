@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -322,6 +323,83 @@ def test_folding_keeps_within_its_budget():
     assert FoldConstants(budget=255)(model).hits == 0
     assert FoldConstants(budget=2048)(model).hits == 1
     assert count_ops(model) == {"Add": 1}
+
+
+SPLIT = """<ir_version: 10, opset_import: ["" : {opset}]>
+g ({inputs}) => (float[n,3] y) {weights} {{
+    q = SplitToSequence<axis=0{more}>(x, s)
+    i = Constant<value = int64 {{1}}>()  y = SequenceAt(q, i)
+}}"""
+SPLITS = {
+    "equal parts": {"opset": 18, "weights": "<int64 s = {2}>"},
+    "uneven parts": {"opset": 17, "weights": "<int64[2] s = {1, 3}>"},
+    "as opset 18 has them": {"opset": 17, "weights": "<int64 s = {2}>"},
+    "keepdims is 0": {"opset": 18, "weights": "<int64[2] s = {1, 3}>", "more": ", keepdims=0"},
+    "the size of its parts is not known": {"opset": 18, "inputs": "float[4,3] x, int64 s"},
+    "it has n parts": {"opset": 18, "inputs": "float[4,3] x, int64[n] s"},
+    "folding writes opset 13": {"opset": 12, "weights": "<int64[2] s = {1, 3}>"},
+}
+
+
+@pytest.mark.parametrize("why", SPLITS)
+def test_parts_that_are_a_sequence_are_split_where_that_is_right(why):
+    given = {"inputs": "float[4,3] x", "weights": "", "more": "", **SPLITS[why]}
+    model = ir.from_onnx_text(SPLIT.format(**given))
+    feeds = {"x": np.arange(12, dtype=np.float32).reshape(4, 3)}
+    if " s" in given["inputs"]:
+        feeds["s"] = np.array([1, 3] if "[n]" in given["inputs"] else 2)
+    want = run(model, **feeds)
+    outcome = FoldConstants()(model)
+    split = why in ("equal parts", "uneven parts")
+    assert ("Split" in count_ops(model)) == outcome.modified == split
+    assert split or why in outcome.notes[0]
+    np.testing.assert_array_equal(run(model, **feeds), want)
+    assert not FoldConstants()(model).modified
+
+
+def test_folding_that_fails_half_way_leaves_a_whole_graph():
+    model = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["" : 18]>
+        g (float[4,3] x, bool c) => (int64[1] y) <int64[1] far = {7}, int64[1] near = {1}> {
+            n = Shape(x)  r = Relu(x)  m = Shape(r)
+            y = If(c) <then_branch = a () => (int64[1] p) { p = Gather<axis=0>(m, near) },
+                       else_branch = b () => (int64[1] q) { q = Gather<axis=0>(m, far) }>
+        }""")
+    outcome = FoldConstants()(model)
+    assert outcome.modified
+    assert "Gather" in outcome.notes[0]
+    assert "index out of range" in outcome.notes[0]
+    feeds = {"x": np.zeros((4, 3), np.float32), "c": np.array(True)}
+    assert run(model, **feeds).tolist() == [3]
+    text = ir.to_onnx_text(model)
+    again = FoldConstants()(model)
+    assert again.notes
+    assert not again.modified
+    assert ir.to_onnx_text(model) == text
+
+
+class Warn(ir.passes.InPlacePass):
+    def call(self, model):
+        logging.getLogger("onnx_ir.passes.common").warning("a value of mine")
+        raise KeyError("of the pass")
+
+
+def test_warnings_of_the_libraries_are_silent_while_a_pass_runs(monkeypatch, caplog):
+    monkeypatch.setattr(pipeline_module, "passes", lambda target, **_: [Warn()])
+    with pytest.raises(KeyError):
+        optimize(two_layers(), CPU)
+    assert not caplog.records
+    logging.getLogger("onnx_ir.passes.common").warning("afterwards")
+    assert [r.getMessage() for r in caplog.records] == ["afterwards"]
+
+
+def test_initializers_that_are_inputs_may_leave_the_signature(monkeypatch):
+    model = ir.from_onnx_text("""
+        <ir_version: 3, opset_import: ["" : 17]>
+        g (float[4] x, float[4] w) => (float[4] y) <float[4] w = {1, 2, 3, 4}> { y = Add(x, w) }""")
+    assert len(model.graph.inputs) == 2
+    optimize(model, CPU)
+    assert [v.name for v in model.graph.inputs] == ["x"]
 
 
 @settings(max_examples=60, deadline=None)

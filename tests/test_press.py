@@ -44,7 +44,8 @@ def test_press_returns_the_manifest_that_is_published(encoder_tiny, tmp_path):
     assert m.source["kind"] == "model"
     assert len(m.source["weights_sha256"]) == 64
     assert m.target == {"provider": "cpu", "precision": "fp32", "opset": 23}
-    assert m.runtime == {"onnxruntime": artifact.ORT_RANGE}
+    kept = ["BiasGeluFusion", "SkipLayerNormFusion"]
+    assert m.runtime == {"onnxruntime": artifact.ORT_RANGE, "disabled_optimizers": kept}
     assert {"torch", "onnx-ir", "onnxruntime", "onnxpress"} <= set(m.tools)
     assert [s.name for s in m.inputs] == ["input_ids", "attention_mask", "token_type_ids"]
     assert all(s.shape == ("batch", "sequence") for s in m.inputs)

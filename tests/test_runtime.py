@@ -178,7 +178,7 @@ def fake_ort(came_up: list[str], placed: dict[str, str], opened: list) -> Simple
     real = providers.onnxruntime()
 
     class Fake:
-        def __init__(self, path, options, providers, enable_fallback):
+        def __init__(self, path, options, providers, disabled_optimizers, enable_fallback):
             strict = options.get_session_config_entry("session.disable_cpu_ep_fallback")
             opened.append(strict)
             assert enable_fallback == 0

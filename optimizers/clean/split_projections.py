@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -50,6 +51,10 @@ class SplitProjections(ir.passes.InPlacePass):
         return Outcome(model, bool(hits), hits=hits, notes=tuple(notes))
 
 
+def _is_read(value: ir.Value) -> bool:
+    return bool(value.uses()) or value.is_graph_output()
+
+
 @dataclass
 class _Found:
     """A packed projection, and where its parts are."""
@@ -63,7 +68,7 @@ def _read(node: ir.Node) -> _Found | str | None:
     """What `node` takes its part of; why that cannot be split; None for other nodes."""
     packed = node.inputs[0]
     made = read.producer(packed, "Add", "MatMul")
-    if made is None or packed is None or not node.outputs[0].uses():
+    if made is None or packed is None or not any(map(_is_read, node.outputs)):
         return None
     bias, matmul = None, made
     if made.op_type == "Add":
@@ -80,20 +85,16 @@ def _read(node: ir.Node) -> _Found | str | None:
     width = weight.shape[1]
     if not isinstance(width, int) or (bias is not None and bias.shape != ir.Shape([width])):
         return None
-    if (weight.dtype or ir.DataType.INT4).itemsize < 1:
+    if weight.dtype is None or weight.dtype.itemsize < 1:
         return None
     takers = read.readers(packed)
     parts = _parts(takers, packed, width)
     if parts is None:
         return None
-    for what, value, reader in (
-        ("the product", matmul.outputs[0], made if bias is not None else None),
-        ("the packed projection", packed, None),
-    ):
-        if value.is_graph_output():
-            return f"{what} is an output of the graph"
-        if reader is not None and read.readers(value) != [reader]:
-            return f"{what} has {len(read.readers(value))} readers"
+    if packed.is_graph_output() or matmul.outputs[0].is_graph_output():
+        return "the packed projection is an output of the graph"
+    if made is not matmul and read.readers(matmul.outputs[0]) != [made]:
+        return "another node reads the packed projection without its bias"
     if read.readers(weight) != [matmul]:
         return f"the weight {weight.name!r} has {len(read.readers(weight))} readers"
     if any(n.graph is not matmul.graph for n in (*takers, made)):
@@ -104,7 +105,7 @@ def _read(node: ir.Node) -> _Found | str | None:
 def _parts(
     takers: list[ir.Node], packed: ir.Value, width: int
 ) -> list[tuple[ir.Value, int, int]] | None:
-    """Which columns each of `takers` takes; None where one takes something else, or they overlap."""
+    """The columns that each of `takers` takes; None for overlaps and for other readers."""
     parts = list[tuple[ir.Value, int, int]]()
     rank = read.rank(packed)
     for node in takers:
@@ -127,7 +128,7 @@ def _parts(
         else:
             return None
     found = sorted((a, b) for _, a, b in parts)
-    apart = all(first[1] <= second[0] for first, second in zip(found, found[1:], strict=False))
+    apart = all(first[1] <= second[0] for first, second in pairwise(found))
     return parts if apart else None
 
 
@@ -149,7 +150,7 @@ def _write(found: _Found, made: dict[tuple[ir.Value, int, int], ir.Value]) -> No
     assert x is not None
     assert weight is not None
     for output, start, end in found.parts:
-        if not (output.uses() or output.is_graph_output()):
+        if not _is_read(output):
             continue
         columns = _columns_of(weight, start, end, made)
         nodes = [ir.node("MatMul", [x, columns])]
