@@ -25,10 +25,12 @@ from .clean.remove_true_masks import RemoveTrueMasks
 from .clean.simplify_mask_indexing import SimplifyMaskIndexing
 from .clean.simplify_shapes import SimplifyShapes
 from .clean.simplify_with_onnxsim import SimplifyWithOnnxsim
+from .clean.slice_tables import SliceTables
 from .clean.split_packed import SplitPacked
 from .clean.unflatten_gemm import UnflattenGemm
 from .counts import count_changes, count_ops
 from .lift.drop_key_bias import DropKeyBias
+from .lift.fold_value_bias import FoldValueBias
 from .lift.lift_attention import LiftAttention
 from .lift.lift_gelu import LiftGelu
 from .lift.lift_layer_normalization import LiftLayerNormalization
@@ -99,6 +101,7 @@ def clean(*, with_onnxsim: bool = False) -> list[ir.passes.PassBase]:
         NameSizes(),
         SimplifyMaskIndexing(),  # needs sizes: a gather of every element is the mask itself
         RemoveTrueMasks(),
+        SliceTables(),
         FoldSlicesOfWeights(),  # projections that are packed come apart
         RemoveNoOps(),  # after CSE: equal shapes are one value by now
         MergeReshapes(),  # after no-ops, so that pairs are neighbors
@@ -127,6 +130,7 @@ def lift() -> list[ir.passes.PassBase]:
         RemoveNoOps(),
         MergeAttentionHeads(),  # reads plain views
         DropKeyBias(),  # needs rank 3, where the bias is next to Attention
+        FoldValueBias(),
     ]
 
 

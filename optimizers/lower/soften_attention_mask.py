@@ -13,6 +13,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from ..outcome import Outcome
+from ..read import is_scalar, producer, scalar
 from .expand_attention_mask import MASK
 
 LOWEST = float(np.finfo(np.float32).min)
@@ -27,8 +28,8 @@ class SoftenAttentionMask(ir.passes.InPlacePass):
     y = Attention(q, k, v, mask)
     ->
     mask = Where(valid, 0.0, -3.4028235e38)
-    lowest = Equal(mask, -3.4028235e38)
-    soft = Where(lowest, -3.3e38, mask)
+    lowest = Equal(mask, -3.4028235e38)              soft = Where(valid, 0.0, -3.3e38) where,
+    soft = Where(lowest, -3.3e38, mask)              as here, the mask is a choice of numbers
     y = Attention(q, k, v, soft)
     ```
 
@@ -90,25 +91,30 @@ def _holds_lowest(tensor: ir.TensorProtocol) -> bool:
 
 
 def _is_soft(mask: ir.Value) -> bool:
-    """Whether the mask was made by this pass."""
-    node = mask.producer()
-    if node is None or node.op_type != "Where" or node.inputs[1] is None:
+    """Whether the mask cannot be the lowest float, as this pass leaves it."""
+    node = producer(mask, "Where")
+    if node is None:
         return False
-    constant = node.inputs[1].const_value
-    return (
-        constant is not None
-        and constant.size == 1
-        and float(constant.numpy().reshape(())) == _FLOAT32_SOFT
-    )
-
-
-_FLOAT32_SOFT = float(np.float32(SOFT))
+    numbers = [scalar(v) for v in node.inputs[1:]]
+    if None not in numbers:
+        return LOWEST not in numbers
+    return producer(node.inputs[0], "Equal") is not None and is_scalar(node.inputs[1], SOFT)
 
 
 def _soften(mask: ir.Value, node: ir.Node) -> ir.Value:
     """The mask without the lowest float, made before `node`."""
     graph = node.graph
     assert isinstance(graph, ir.Graph)
+    choice = producer(mask, "Where")
+    if choice is not None and None not in (numbers := [scalar(v) for v in choice.inputs[1:]]):
+        soft = _scalar(graph, f"{mask.name}_soft_value", SOFT)
+        pairs = zip(choice.inputs[1:], numbers, strict=True)
+        higher = [soft if number == LOWEST else value for value, number in pairs]
+        where = ir.node("Where", [choice.inputs[0], *higher])
+        where.outputs[0].name = f"{mask.name}_soft"
+        where.outputs[0].type, where.outputs[0].shape = mask.type, mask.shape
+        graph.insert_before(node, [where])
+        return where.outputs[0]
     equal = ir.node("Equal", [mask, _scalar(graph, f"{mask.name}_lowest", LOWEST)])
     high = _scalar(graph, f"{mask.name}_soft_value", SOFT)
     where = ir.node("Where", [equal.outputs[0], high, mask])
