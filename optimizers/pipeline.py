@@ -41,6 +41,7 @@ from .lift.share_key_heads import ShareKeyHeads
 from .lower.expand_attention_mask import ExpandAttentionMask
 from .lower.expand_rotary_cache import ExpandRotaryCache
 from .lower.fuse_bias_gelu import FuseBiasGelu
+from .lower.fuse_embedding import FuseEmbedding
 from .lower.fuse_skip_layer_normalization import FuseSkipLayerNormalization
 from .lower.pack_attention import PackAttention
 from .lower.soften_attention_mask import SoftenAttentionMask
@@ -99,9 +100,6 @@ def clean(*, with_onnxsim: bool = False) -> list[ir.passes.PassBase]:
         SimplifyShapes(),  # needs the names; makes constants of most that a Reshape reads
         InferShapes(),  # those constants tell onnx more
         NameSizes(),
-        SimplifyMaskIndexing(),  # needs sizes: a gather of every element is the mask itself
-        RemoveTrueMasks(),
-        SliceTables(),
         FoldSlicesOfWeights(),  # projections that are packed come apart
         RemoveNoOps(),  # after CSE: equal shapes are one value by now
         MergeReshapes(),  # after no-ops, so that pairs are neighbors
@@ -111,7 +109,11 @@ def clean(*, with_onnxsim: bool = False) -> list[ir.passes.PassBase]:
         common.RemoveUnusedNodesPass(),
         InferShapes(),
         NameSizes(),
-        RemoveNanGuards(),
+        SimplifyMaskIndexing(),  # needs sizes: a gather of every element is the mask itself
+        RemoveTrueMasks(),
+        SliceTables(),
+        SimplifyShapes(),  # sizes that the masks were given
+        RemoveNanGuards(),  # now that masks are plain, some prove that no row is all -inf
     ]
 
 
@@ -137,6 +139,7 @@ def lift() -> list[ir.passes.PassBase]:
 def lower(target: Target) -> list[ir.passes.PassBase]:
     """Write the form that the kernels of `target` take, and run fastest."""
     rules: list[tuple[str, ir.passes.PassBase]] = [
+        ("EmbedLayerNormalization", FuseEmbedding()),  # before Skip, which takes its last sum
         ("Attention", PackAttention()),  # before masks are widened: it reads their source
         ("SkipLayerNormalization", FuseSkipLayerNormalization()),
         ("BiasGelu", FuseBiasGelu()),

@@ -65,6 +65,7 @@ TARGETS: dict[str, Target] = {
                 {
                     "com.microsoft::Attention",
                     "com.microsoft::BiasGelu",
+                    "com.microsoft::EmbedLayerNormalization",
                     "com.microsoft::FastGelu",
                     "com.microsoft::SkipLayerNormalization",
                 }

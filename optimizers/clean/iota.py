@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from ..dims import Dim, dim, same_dim
+from ..edit import constant as new_constant
 from ..read import constant, ints, is_scalar, producer, rank, scalar
 
 
@@ -58,11 +60,26 @@ def is_zero(value: ir.Value | None) -> bool:
     return scalar(value) == 0.0
 
 
-def vector(scalar_value: ir.Value) -> ir.Value | None:
-    """The tensor of one dimension that `scalar_value` was squeezed or gathered from; or None."""
-    node = producer(scalar_value, "Squeeze", "Reshape")
-    source = None if node is None else node.inputs[0]
-    return source if rank(source) == 1 and dim(source, 0) == 1 else None
+def length_of(iota: Iota, graph: ir.Graph, nodes: list[ir.Node]) -> ir.Value:
+    """The limit as a tensor of one dimension, as shapes want it; new nodes are added to `nodes`."""
+    made = producer(iota.limit, "Squeeze", "Reshape", "Gather")
+    source = None if made is None else made.inputs[0]
+    if made is not None and made.op_type != "Gather" and rank(source) == 1 and dim(source, 0) == 1:
+        assert source is not None
+        return source
+    shape = producer(source, "Shape") if made is not None and made.op_type == "Gather" else None
+    index = constant(made.inputs[1]) if made is not None and shape is not None else None
+    if shape is not None and index is not None and index.size == 1 and int(index.reshape(())) >= 0:
+        axis = shape.attributes.get_int("start", 0) + int(index.reshape(()))
+        if axis >= 0:
+            span = {"start": axis, "end": axis + 1}
+            nodes.append(ir.node("Shape", [shape.inputs[0]], attributes=span))
+            nodes[-1].outputs[0].name = f"{iota.limit.name}_vector"
+            return nodes[-1].outputs[0]
+    zero = new_constant(graph, "axis", np.array([0], np.int64))
+    nodes.append(ir.node("Unsqueeze", [iota.limit, zero]))
+    nodes[-1].outputs[0].name = f"{iota.limit.name}_vector"
+    return nodes[-1].outputs[0]
 
 
 def size_of(value: ir.Value | None) -> Dim:

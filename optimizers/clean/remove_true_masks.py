@@ -11,7 +11,7 @@ from ..edit import constant as new_constant
 from ..edit import replace
 from ..outcome import Outcome
 from ..read import constant, producer, rank
-from .iota import Iota, is_zero, read_iota, vector
+from .iota import Iota, is_zero, length_of, read_iota
 
 
 class RemoveTrueMasks(ir.passes.InPlacePass):
@@ -61,12 +61,7 @@ def _remove(node: ir.Node, truth: ir.Value, mask: ir.Value) -> bool:
     if iota is None or not isinstance(graph, ir.Graph) or (rank(truth) or 0) > (rank(mask) or 0):
         return False
     nodes: list[ir.Node] = []
-    length = vector(iota.limit)
-    if length is None:
-        zero = new_constant(graph, "axis", np.array([0], np.int64))
-        nodes.append(ir.node("Unsqueeze", [iota.limit, zero]))
-        length = nodes[-1].outputs[0]
-        length.name = f"{iota.limit.name}_vector"
+    length = length_of(iota, graph, nodes)
     if trailing := -1 - iota.axis:
         ones = new_constant(graph, "ones", np.ones(trailing, np.int64))
         nodes.append(ir.node("Concat", [length, ones], attributes={"axis": 0}))

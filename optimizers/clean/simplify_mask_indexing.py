@@ -13,7 +13,7 @@ from ..edit import constant as new_constant
 from ..edit import replace
 from ..outcome import Outcome
 from ..read import ints, producer, rank
-from .iota import Iota, read_iota, size_of, vector
+from .iota import Iota, length_of, read_iota, size_of
 
 
 @dataclass(frozen=True)
@@ -127,16 +127,11 @@ def _in_order(found: _Found) -> bool:
 def _write(node: ir.Node, found: _Found) -> None:
     graph = node.graph
     assert isinstance(graph, ir.Graph)
-    data, nodes = found.data, []
+    data, nodes = found.data, list[ir.Node]()
     for axis, iota in enumerate(found.iotas):
         if iota.fills(dim(found.data, axis)):
             continue
-        end = vector(iota.limit)
-        if end is None:
-            zero = new_constant(graph, "axis", np.array([0], np.int64))
-            nodes.append(ir.node("Unsqueeze", [iota.limit, zero]))
-            end = nodes[-1].outputs[0]
-            end.name = f"{iota.limit.name}_vector"
+        end = length_of(iota, graph, nodes)
         start = new_constant(graph, "start", np.array([0], np.int64))
         along = new_constant(graph, "axis", np.array([axis], np.int64))
         nodes.append(ir.node("Slice", [data, start, end, along]))
