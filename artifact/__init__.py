@@ -215,18 +215,18 @@ def check_files(directory: str | os.PathLike[str], manifest: Manifest, *, hashes
 def open_model(path: str | os.PathLike[str]) -> ir.Model:
     """The graph of an artifact directory or an .onnx file, its weights left on disk until read."""
     onnx_ir = _onnx_ir()
-    path = Path(path)
-    path = path / MODEL if path.is_dir() else path
+    path = Path(path) / MODEL if Path(path).is_dir() else Path(path)
+    if path.is_file() and path.stat().st_size >= 1 << 31:  # it would be read, and called corrupt
+        what, hint = "a protobuf above 2 GB cannot be read", "save it with external data"
+        raise ArtifactError(what, where=str(path), hint=hint)
     try:
-        if path.stat().st_size >= 1 << 31:  # protobuf would read it all, and call it corrupt
-            raise ValueError("a protobuf above 2 GB cannot be read; save it with external data")
         model: ir.Model = onnx_ir.load(path)
         return model
     except Exception as e:  # protobuf and onnx_ir raise many kinds for a damaged file
-        cause: BaseException = e
-        while cause.__cause__ is not None:  # onnx_ir says what was read, the innermost what failed
-            cause = cause.__cause__
-        raise ArtifactError(f"the graph cannot be read: {cause}", where=str(path)) from e
+        said: BaseException = e
+        while said.__cause__ is not None:  # the innermost says what failed, the others where
+            said = said.__cause__
+        raise ArtifactError(f"the graph cannot be read: {said}", where=str(path)) from e
 
 
 def sha256(*paths: str | os.PathLike[str]) -> str:

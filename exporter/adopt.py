@@ -37,7 +37,7 @@ def build(spec: str, task: str | None) -> Source:
     try:
         model = open_model(path)
     except ArtifactError as e:
-        raise SourceError(e.what, where=spec, hint=AGAIN) from e
+        raise SourceError(e.what, where=spec, hint=e.hint or AGAIN) from e
     if not model.graph.outputs:
         raise SourceError("the file holds no graph", where=spec, hint=AGAIN)
     imports = model.opset_imports

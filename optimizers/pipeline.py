@@ -87,9 +87,9 @@ def clean(*, with_onnxsim: bool = False) -> list[ir.passes.PassBase]:
     """Leave less of the same, in one form, for the rules that follow to read."""
     return [
         common.RemoveInitializersFromInputsPass(),  # an old file counts its weights as inputs
+        ConvertOpset(),  # what is lifted is younger than most files; functions have opsets too
         common.InlinePass(),  # passes match nodes, not calls of functions
         common.RemoveUnusedNodesPass(),  # dead code reads, and rules count readers
-        ConvertOpset(),  # what is lifted is younger than most files
         *([SimplifyWithOnnxsim()] if with_onnxsim else []),  # on the graph as others know it
         FoldConstants(),  # exporters leave shape arithmetic; less for all that follow
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),  # one form

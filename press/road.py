@@ -252,9 +252,8 @@ def _refuse_unfused(fusions: Sequence[Fusion], spec: str) -> None:
 
 def _open(path: Path, order: Order, before: Manifest | None) -> tuple[Session | None, str]:
     """The graph on the CPU; where another target's has an op without a kernel there, which op."""
-    from ..runtime import Session
-
     from ..optimizers import TARGETS
+    from ..runtime import Session
 
     other = order.target not in (None, "cpu")
     # Another provider's graph is checked as it is: what ONNX Runtime would make of it for the CPU

@@ -20,7 +20,7 @@ import onnxpress
 import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
-from onnxpress.errors import OnnxpressError, SourceError
+from onnxpress.errors import SourceError
 from onnxpress.exporter import resolve
 from onnxpress.optimizers import TARGETS, count_ops, optimize
 from onnxpress.optimizers.clean.convert_opset import ConvertOpset
@@ -394,7 +394,7 @@ BAD = {
 def refused(path: Path, said: str) -> None:
     """`press` says it in words of ours, names the file, and leaves nothing behind."""
     out = path.parent / "outputs" / "out"
-    with pytest.raises(OnnxpressError) as caught:
+    with pytest.raises(SourceError) as caught:
         onnxpress.press(str(path), out, measure=False)
     assert said.strip() in caught.value.what
     assert path.parent.as_posix() in caught.value.where
