@@ -17,7 +17,7 @@ from .clean.convert_opset import ConvertOpset
 from .clean.fold_constants import FoldConstants
 from .clean.fold_slices_of_weights import FoldSlicesOfWeights
 from .clean.infer_shapes import InferShapes
-from .clean.merge_reshapes import MergeReshapes
+from .clean.merge_views import MergeViews
 from .clean.name_sizes import NameSizes
 from .clean.remove_nan_guards import RemoveNanGuards
 from .clean.remove_no_ops import RemoveNoOps
@@ -25,9 +25,11 @@ from .clean.remove_true_masks import RemoveTrueMasks
 from .clean.simplify_mask_indexing import SimplifyMaskIndexing
 from .clean.simplify_shapes import SimplifyShapes
 from .clean.simplify_with_onnxsim import SimplifyWithOnnxsim
+from .clean.sink_transposes import SinkTransposes
 from .clean.slice_tables import SliceTables
 from .clean.split_packed import SplitPacked
-from .clean.unflatten_gemm import UnflattenGemm
+from .clean.split_projections import SplitProjections
+from .clean.unfold_gemm import UnfoldGemm
 from .counts import count_changes, count_ops
 from .lift.drop_key_bias import DropKeyBias
 from .lift.fold_value_bias import FoldValueBias
@@ -98,13 +100,15 @@ def clean(*, with_onnxsim: bool = False) -> list[ir.passes.PassBase]:
         InferShapes(),  # everything from here on is proved by shapes
         NameSizes(),  # onnx names a computed size anew; here equal sizes get equal names
         SimplifyShapes(),  # needs the names; makes constants of most that a Reshape reads
+        FoldConstants(),  # what is computed of those constants: a scale, a bias of LSTMs
         InferShapes(),  # those constants tell onnx more
         NameSizes(),
         FoldSlicesOfWeights(),  # projections that are packed come apart
+        FoldConstants(),
         RemoveNoOps(),  # after CSE: equal shapes are one value by now
-        MergeReshapes(),  # after no-ops, so that pairs are neighbors
-        UnflattenGemm(),  # a Gemm between reshapes is a MatMul to the rules
+        UnfoldGemm(),  # a Gemm between reshapes is a MatMul to the rules
         SplitPacked(),
+        SplitProjections(),  # reads what SplitPacked wrote
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
         InferShapes(),
@@ -129,6 +133,9 @@ def lift() -> list[ir.passes.PassBase]:
         InferShapes(),
         NameSizes(),
         ShareKeyHeads(),  # reads the Attention just written
+        MergeViews(),  # what is left of views around it
+        SinkTransposes(),  # models that run sequence-first: one Transpose in, one out
+        InferShapes(),
         RemoveNoOps(),
         MergeAttentionHeads(),  # reads plain views
         DropKeyBias(),  # needs rank 3, where the bias is next to Attention

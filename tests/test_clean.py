@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from onnxpress.optimizers.clean.fold_constants import FoldConstants
 from onnxpress.optimizers.clean.fold_slices_of_weights import FoldSlicesOfWeights
 from onnxpress.optimizers.clean.infer_shapes import InferShapes
-from onnxpress.optimizers.clean.merge_reshapes import MergeReshapes
+from onnxpress.optimizers.clean.merge_views import MergeViews
 from onnxpress.optimizers.clean.name_sizes import NameSizes
 from onnxpress.optimizers.clean.remove_no_ops import RemoveNoOps
 from onnxpress.optimizers.clean.simplify_shapes import SimplifyShapes
@@ -23,7 +23,7 @@ from onnxpress.optimizers.clean.split_packed import SplitPacked
 
 SIZES = [(2, 3), (1, 1), (4, 1), (0, 2)]  # of the names a and b; a graph is built for neither
 
-CLEAN = (InferShapes, SimplifyShapes, NameSizes, RemoveNoOps, MergeReshapes, SimplifyShapes)
+CLEAN = (InferShapes, SimplifyShapes, NameSizes, RemoveNoOps, MergeViews, SimplifyShapes)
 
 
 def session(model: ir.Model) -> ort.InferenceSession:
