@@ -317,11 +317,14 @@ def session_options() -> Any:
 def open_session(contestant: str, path: str, save_as: str | None = None) -> Any:
     """As users open it: ours by onnxpress.runtime.Session, others with ONNX Runtime's defaults."""
     import onnxruntime as rt
+    from onnxpress.optimizers import TARGETS
     from onnxpress.runtime import Session
 
     entry = "session.optimized_model_external_initializers_file_name"
     if contestant == OURS:
-        session = Session(Path(path).parent, threads=THREADS)
+        # As press records it in the manifest of an artifact for this target.
+        off = TARGETS["cpu"].disabled_optimizers
+        session = Session(Path(path).parent, threads=THREADS, disabled_optimizers=off)
         if save_as:
             session._open({entry: "opened.data"}, save_as=Path(save_as))
         return session

@@ -80,6 +80,10 @@ _WORDS = {
 }
 
 
+# Of these an anchor says enough; a Softmax before a MatMul may be a pooling, and no attention.
+_TOLD_BY_ANCHOR = ("Gelu", "LayerNormalization", "RMSNormalization")
+
+
 @dataclass(frozen=True)
 class Fusion:
     """One kind of layer in a graph.
@@ -124,6 +128,8 @@ def explain(model: ir.Model, steps: Sequence[Step]) -> list[Fusion]:
         kind = _anchor(node)
         if kind is not None and kind not in explained:
             misses.append(Miss(kind, describe(node), _why_not(kind, last)))
+        elif kind in _TOLD_BY_ANCHOR and describe(node) not in {m.node for m in misses}:
+            misses.append(Miss(kind, describe(node), "in a form that no rule reads"))
     rows = []
     for kind in dict.fromkeys([*_FORMS, *(m.kind for m in misses)]):
         missed = tuple(dict.fromkeys(m for m in misses if m.kind == kind))

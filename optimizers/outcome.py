@@ -40,6 +40,14 @@ class Outcome(ir.passes.PassResult):
     misses: tuple[Miss, ...] = ()
 
 
+def too_old(model: ir.Model, since: int, what: str) -> Outcome | None:
+    """What a pass returns where the opset lacks what it writes; None where it has it."""
+    opset = model.opset_imports.get("", 0)
+    if opset >= since:
+        return None
+    return Outcome(model, False, notes=(f"the opset is {opset}, and {what} from opset {since}",))
+
+
 def describe(node: ir.Node) -> str:
     """A node as messages name it: its op, its name and, where known, the module it comes from."""
     scope = node.metadata_props.get(SCOPE, "")

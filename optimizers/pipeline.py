@@ -16,7 +16,10 @@ from ..errors import UsageError
 from .clean.convert_opset import ConvertOpset
 from .clean.fold_constants import FoldConstants
 from .clean.fold_slices_of_weights import FoldSlicesOfWeights
+from .clean.freeze_defaults import FreezeDefaults
 from .clean.infer_shapes import InferShapes
+from .clean.inline_functions import InlineFunctions
+from .clean.merge_equal_nodes import MergeEqualNodes
 from .clean.merge_views import MergeViews
 from .clean.name_sizes import NameSizes
 from .clean.remove_nan_guards import RemoveNanGuards
@@ -88,15 +91,15 @@ def passes(target: Target, *, with_onnxsim: bool = False) -> list[ir.passes.Pass
 def clean(*, with_onnxsim: bool = False) -> list[ir.passes.PassBase]:
     """Leave less of the same, in one form, for the rules that follow to read."""
     return [
-        common.RemoveInitializersFromInputsPass(),  # an old file counts its weights as inputs
+        FreezeDefaults(),  # an old file counts its weights as inputs
         ConvertOpset(),  # what is lifted is younger than most files; functions have opsets too
-        common.InlinePass(),  # passes match nodes, not calls of functions
+        InlineFunctions(),  # passes match nodes, not calls of functions
         common.RemoveUnusedNodesPass(),  # dead code reads, and rules count readers
         *([SimplifyWithOnnxsim()] if with_onnxsim else []),  # on the graph as others know it
         FoldConstants(),  # exporters leave shape arithmetic; less for all that follow
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),  # one form
         common.DeduplicateInitializersPass(),  # before CSE, which compares inputs by identity
-        common.CommonSubexpressionEliminationPass(),  # layers that build one mask come to share it
+        MergeEqualNodes(),  # layers that build one mask come to share it
         InferShapes(),  # everything from here on is proved by shapes
         NameSizes(),  # onnx names a computed size anew; here equal sizes get equal names
         SimplifyShapes(),  # needs the names; makes constants of most that a Reshape reads
@@ -109,7 +112,7 @@ def clean(*, with_onnxsim: bool = False) -> list[ir.passes.PassBase]:
         UnfoldGemm(),  # a Gemm between reshapes is a MatMul to the rules
         SplitPacked(),
         SplitProjections(),  # reads what SplitPacked wrote
-        common.CommonSubexpressionEliminationPass(),
+        MergeEqualNodes(),
         common.RemoveUnusedNodesPass(),
         InferShapes(),
         NameSizes(),
@@ -129,7 +132,7 @@ def lift() -> list[ir.passes.PassBase]:
         LiftRmsNormalization(),
         LiftRotaryEmbedding(),  # before attention, whose heads hide what is rotated
         LiftAttention(),
-        common.CommonSubexpressionEliminationPass(),  # each layer drew its own mask
+        MergeEqualNodes(),  # each layer drew its own mask
         InferShapes(),
         NameSizes(),
         ShareKeyHeads(),  # reads the Attention just written
@@ -162,7 +165,7 @@ def lower(target: Target) -> list[ir.passes.PassBase]:
 def finish() -> list[ir.passes.PassBase]:
     """Leave nothing behind that no one reads."""
     return [
-        common.CommonSubexpressionEliminationPass(),
+        MergeEqualNodes(),
         common.RemoveUnusedNodesPass(),  # after the last rewrite: each leaves nodes behind
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),
@@ -202,9 +205,28 @@ def optimize(
         UsageError: `until` or `skip` names no pass; the message lists the names there are.
         onnx_ir.passes.PostconditionError: A pass changed the signature: a defect of that pass.
     """
-    return _run(
-        model, passes(target, with_onnxsim=with_onnxsim), tuple(observers), until, frozenset(skip)
-    )
+    todo = passes(target, with_onnxsim=with_onnxsim)
+    with _without_output_names(model):
+        return _run(model, todo, tuple(observers), until, frozenset(skip))
+
+
+@contextlib.contextmanager
+def _without_output_names(model: ir.Model) -> Iterator[None]:
+    """Hide what an exporter called the sizes of outputs, and give it back at the end.
+
+    No one checks those names: torch takes `dynamic_axes` of outputs as they are given, and a size
+    that is called like an input's, but is not its, would prove what is not so.
+    """
+    declared = [v.shape for v in model.graph.outputs]
+    for value in model.graph.outputs:
+        if value.shape is not None and not value.is_graph_input():
+            value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
+    try:
+        yield
+    finally:
+        for value, shape in zip(model.graph.outputs, declared, strict=False):
+            if shape is not None and not value.is_graph_input():
+                value.shape = shape
 
 
 def _run(
@@ -266,16 +288,22 @@ def _check_names(known: list[str], asked: set[str]) -> None:
         )
 
 
-_Signature = dict[str, list[tuple[str | None, ir.DataType | None, int | None]]]
+_Signature = dict[str, list[tuple[object, ...]]]
 
 
 def _signature(model: ir.Model) -> _Signature:
     # Before IR version 4 every initializer had to be an input too: a default, not what is asked.
     inputs = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
-    return {
-        side: [(v.name, v.dtype, None if v.shape is None else len(v.shape)) for v in values]
-        for side, values in (("inputs", inputs), ("outputs", model.graph.outputs))
-    }
+    sides = {"inputs": inputs, "outputs": list(model.graph.outputs)}
+    return {side: [_declared(v) for v in values] for side, values in sides.items()}
+
+
+def _declared(value: ir.Value) -> tuple[object, ...]:
+    """Name, dtype, rank and sizes, None for each that is not known or varies."""
+    if value.shape is None:
+        return value.name, value.dtype, None
+    sizes = [d if isinstance(d, int) else None for d in value.shape]
+    return value.name, value.dtype, len(sizes), *sizes
 
 
 def _check_signature(name: str, want: _Signature, have: _Signature) -> None:
@@ -284,10 +312,10 @@ def _check_signature(name: str, want: _Signature, have: _Signature) -> None:
         same = len(values) == len(have[side]) and all(
             old is None or old == new
             for a, b in zip(values, have[side], strict=True)
-            for old, new in zip(a, b, strict=True)
+            for old, new in zip(a, b, strict=False)  # where no rank was stated, b has more
         )
         if not same:
             raise ir.passes.PostconditionError(
-                f"pass {name} changed the {side} of the model, (name, dtype, rank) each: "
+                f"pass {name} changed the {side} of the model, (name, dtype, rank, sizes) each: "
                 f"from {values} to {have[side]}"
             )

@@ -109,15 +109,20 @@ def test_layers_in_parts_that_no_pass_looked_at(kind):
 
 
 @pytest.mark.parametrize("kind", PARTS)
-def test_a_pass_that_looked_knows_better(kind):
+def test_what_is_left_after_a_pass_that_looked(kind):
     name = {"RMSNormalization": "lift_rms_normalization"}.get(kind)
     name = name or "lift_" + "".join(f"_{c.lower()}" if c.isupper() else c for c in kind)[1:]
     assert kind_of(name) == kind
-    assert explain(graph(PARTS[kind]), [step(name)]) == []
+    # A Softmax may belong to a pooling, a Concat of halves to anything: the pass knows better.
+    left = [] if kind in ("Attention", "RotaryEmbedding") else ["in a form that no rule reads"]
+
+    def reasons(of):
+        return [m.reason for row in explain(graph(PARTS[kind]), [of]) for m in row.missed]
+
+    assert reasons(step(name)) == left
     why = "the opset is 13, and it is lifted from opset 20"
-    (found,) = explain(graph(PARTS[kind]), [step(name, notes=[why])])
-    assert [m.reason for m in found.missed] == [why]
-    assert explain(graph(PARTS[kind]), [step(name, hits=1, notes=["something odd"])]) == []
+    assert reasons(step(name, notes=[why])) == [why]
+    assert reasons(step(name, hits=1, notes=["something odd"])) == left
 
 
 @pytest.mark.parametrize(

@@ -92,12 +92,18 @@ def update(case: Case, after: str) -> None:
 
 
 def io(model: ir.Model) -> list[tuple[str | None, ir.DataType | None, str]]:
-    return [(v.name, v.dtype, str(v.shape)) for v in (*model.graph.inputs, *model.graph.outputs)]
+    values = (*asked(model), *model.graph.outputs)
+    return [(v.name, v.dtype, str(v.shape)) for v in values]
+
+
+def asked(model: ir.Model) -> list[ir.Value]:
+    """The inputs that have no value of their own."""
+    return [v for v in model.graph.inputs if not v.is_initializer()]
 
 
 def random_feeds(model: ir.Model, seed: int) -> dict[str, np.ndarray]:
     rng, feeds = np.random.default_rng(seed), {}
-    for value in model.graph.inputs:
+    for value in asked(model):
         shape = [d if isinstance(d, int) else SIZES.get(str(d.value), 4) for d in value.shape]
         x = rng.standard_normal(shape).astype(np.float32)
         if value.dtype == ir.DataType.BOOL:

@@ -12,6 +12,7 @@ from onnxscript.optimizer import fold_constants
 from ..dims import dim
 from ..outcome import Outcome, describe
 from ..read import constant, rank
+from .merge_equal_nodes import is_opaque
 
 BUDGET = 1 << 20  # bytes that one folded result may add to the model
 OLDEST = 13  # onnxscript writes Constant, Split, Squeeze and Unsqueeze as opset 13 has them
@@ -50,9 +51,9 @@ class FoldConstants(ir.passes.InPlacePass):
 
         def affordable(node: ir.Node) -> bool | None:
             if len(node.outputs) != 1 or node.op_type == "GatherElements":
-                return (
-                    False  # onnxscript folds neither (onnx evaluates the latter wrongly), and warns
-                )
+                return False  # onnxscript folds neither, and warns; onnx has the latter wrong
+            if is_opaque(node):
+                return False  # one draw is not a constant
             # Asked before the node is computed: a refusal here costs no memory either.
             growth = sum(_bytes(v) for v in node.outputs)
             growth -= sum(_bytes(v) for v in node.inputs if v is not None and len(v.uses()) == 1)

@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
 from .. import read
 from ..outcome import Outcome, describe
+from .weight_views import is_weight, view_of
 
 SPARE = 1024  # bytes that the views of one weight may add: less than a node costs to run
 
@@ -55,10 +57,15 @@ class FoldSlicesOfWeights(ir.passes.InPlacePass):
                 continue
             for n, views in found:
                 for output, view in zip(n.outputs, views, strict=True):
-                    _fold(weight, output, view)
+                    if output.uses() and output.shape is not None:
+                        name = f"{weight.name}_{output.name}"
+                        new = view_of(weight, view, output.shape.numpy(), name)
+                        output.replace_all_uses_with(new)
                 hits += 1
                 assert n.graph is not None
                 n.graph.remove(n, safe=True)
+        if hits:
+            common.NameFixPass()(model)  # the name of a view may be that of another value
         return Outcome(model, bool(hits), hits=hits, notes=tuple(notes))
 
 
@@ -67,9 +74,7 @@ def _weight(node: ir.Node) -> ir.Value | None:
     if node.op_type not in VIEWS or node.domain not in ("", "ai.onnx") or not node.inputs:
         return None
     value = node.inputs[0]
-    if value is None or value.const_value is None or value.is_graph_input():
-        return None
-    if not value.is_initializer() or value.is_graph_output():
+    if value is None or value.const_value is None or not is_weight(value):
         return None
     dtype = value.const_value.dtype
     return None if dtype.is_string() or dtype.itemsize < 1 else value
@@ -86,28 +91,6 @@ def _growth(weight: ir.Value, nodes: list[ir.Node]) -> int:
     )
     rest = set(read.readers(weight)) - set(nodes)
     return math.ceil(after) - (0 if rest else weight.const_value.nbytes)
-
-
-def _fold(weight: ir.Value, output: ir.Value, view: View) -> None:
-    """Put an initializer in the place of `output`; it computes `view` when it is asked."""
-    tensor, graph, shape = weight.const_value, weight.graph, output.shape
-    assert tensor is not None
-    assert isinstance(graph, ir.Graph)
-    assert isinstance(shape, ir.Shape)
-    if not output.uses():
-        return
-    name = f"{weight.name}_{output.name}"
-    while name in graph.initializers:
-        name += "_"
-    lazy = ir.LazyTensor(
-        lambda: ir.tensor(view(tensor.numpy()), dtype=tensor.dtype),
-        dtype=tensor.dtype,
-        shape=shape,
-        name=name,
-    )
-    new = ir.Value(name=name, const_value=lazy, shape=shape, type=ir.TensorType(tensor.dtype))
-    graph.register_initializer(new)
-    output.replace_all_uses_with(new)
 
 
 def _views(node: ir.Node, weight: ir.Value) -> list[View] | None:

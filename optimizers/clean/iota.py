@@ -40,6 +40,8 @@ def read_iota(value: ir.Value | None) -> Iota | None:
         start, limit, step = node.inputs
         if limit is None or not (is_zero(start) and is_scalar(step, 1.0)):
             return None
+        if limit.dtype != ir.DataType.INT64:
+            return None  # its limit goes into shapes, which are int64
         return Iota(-1, limit, (dim(value, 0), size_of(limit)))
     inner = read_iota(node.inputs[0])
     if inner is None:
@@ -52,7 +54,7 @@ def read_iota(value: ir.Value | None) -> Iota | None:
         return Iota(kept[inner.axis] - n, inner.limit, inner.lengths)
     if node.op_type == "Cast" and node.attributes.get_int("to") != ir.DataType.INT64:
         return None  # a narrower integer may overflow
-    return inner  # Expand keeps axes counted from the last; a repeated length is 1
+    return inner  # Expand keeps axes counted from the last; whoever asks looks at what repeats
 
 
 def is_zero(value: ir.Value | None) -> bool:
@@ -71,7 +73,7 @@ def length_of(iota: Iota, graph: ir.Graph, nodes: list[ir.Node]) -> ir.Value:
     index = constant(made.inputs[1]) if made is not None and shape is not None else None
     if shape is not None and index is not None and index.size == 1 and int(index.reshape(())) >= 0:
         axis = shape.attributes.get_int("start", 0) + int(index.reshape(()))
-        if axis >= 0:
+        if axis >= 0 and "end" not in shape.attributes:
             span = {"start": axis, "end": axis + 1}
             nodes.append(ir.node("Shape", [shape.inputs[0]], attributes=span))
             nodes[-1].outputs[0].name = f"{iota.limit.name}_vector"
@@ -89,11 +91,17 @@ def size_of(value: ir.Value | None) -> Dim:
         return None
     source = node.inputs[0]
     if node.op_type == "Shape":
-        start = node.attributes.get_int("start", 0)
-        return dim(source, start) if dim(value, 0) == 1 else None
+        n = rank(source)
+        span = None if n is None else range(n)[
+            node.attributes.get_int("start", 0) : node.attributes.get_int("end", n)
+        ]  # fmt: skip
+        return dim(source, span[0]) if span is not None and len(span) == 1 else None
     if node.op_type == "Gather":
         shape, index = producer(source, "Shape"), constant(node.inputs[1])
-        if shape is None or index is None or index.size != 1:
+        n = rank(shape.inputs[0]) if shape is not None else None
+        if shape is None or index is None or index.size != 1 or n is None:
             return None
-        return dim(shape.inputs[0], shape.attributes.get_int("start", 0) + int(index.reshape(())))
+        start, end = shape.attributes.get_int("start", 0), shape.attributes.get_int("end", n)
+        span, at = range(n)[start:end], int(index.reshape(()))
+        return dim(shape.inputs[0], span[at]) if -len(span) <= at < len(span) else None
     return size_of(source) if node.op_type != "Slice" else None

@@ -77,7 +77,8 @@ def viewed(layout: Layout, node: ir.Node, facts: Facts) -> Layout | None:
         return layout.transposed(perm or tuple(reversed(range(len(layout.dims)))))
     x = layout.shape
     if node.op_type == "Flatten":
-        axis = node.attributes.get_int("axis", 1) % (len(x) + 1)
+        axis = node.attributes.get_int("axis", 1)
+        axis += len(x) if axis < 0 else 0  # from -rank to rank: the rank itself is an axis too
         return layout.reshaped((product(x[:axis]), product(x[axis:])))
     if node.op_type == "Squeeze" and len(node.inputs) < 2:
         return None  # which axes it drops may depend on the run

@@ -31,7 +31,7 @@ class RemoveNanGuards(ir.passes.InPlacePass):
     a constant mask of which every row keeps an entry; with Trilu<upper=1>(mask, k) for k above 0,
     which keeps the first. Elsewhere it stays, with a note: ai.onnx.Attention has such a row give
     0, so that the rule that writes Attention can take the guard along. The scores themselves, a
-    MatMul, are taken to be finite.
+    MatMul or the product in a Gemm, are taken to be finite; what Gemm adds to it is a mask.
     """
 
     def call(self, model: ir.Model) -> Outcome:
@@ -62,7 +62,7 @@ def _guarded(node: ir.Node) -> ir.Node | None:
         return None
     condition, zero, p = node.inputs
     nan, softmax = read.producer(condition, "IsNaN"), read.producer(p, "Softmax")
-    if nan is None or softmax is None or nan.inputs[0] is not p or read.scalar(zero) != 0:
+    if nan is None or softmax is None or nan.inputs[0] is not p or read.factor_of(zero, p) != 0:
         return None
     return softmax if read.last_axis(p, [softmax.attributes.get_int("axis", -1)]) else None
 
@@ -77,8 +77,13 @@ def _may_be_masked(softmax: ir.Node) -> str | None:
     while (node := read.producer(scores)) is not None:
         match node.op_type:
             case "MatMul" | "Gemm":
+                if len(node.inputs) > 2 and (added := node.inputs[2]) is not None:
+                    found = _range(added)
+                    if found is None or not all(map(math.isfinite, found)):
+                        return f"{added.name!r}, which {describe(node)} adds, may be infinite"
+                    low -= abs(node.attributes.get_float("beta", 1.0)) * max(map(abs, found))
                 return None if low * scale >= floor else f"masks come to {low * scale:g}"
-            case "Mul" | "Div" if (pair := read.with_scalar(node)) and 0 < pair[1] < math.inf:
+            case "Mul" | "Div" if (pair := _scaled(node)) and 0 < pair[1] < math.inf:
                 scores, factor = pair[0], pair[1] if node.op_type == "Mul" else 1 / pair[1]
                 scale *= max(1.0, factor)
             case "Add":
@@ -102,6 +107,13 @@ def _may_be_masked(softmax: ir.Node) -> str | None:
             case _:
                 return f"the scores come from {describe(node)}, not from a MatMul"
     return f"the scores {scores.name if scores else ''!r} are an input"
+
+
+def _scaled(node: ir.Node) -> tuple[ir.Value, float] | None:
+    """(tensor, number) of a product, or of a quotient of the tensor by the number; or None."""
+    pair = read.with_scalar(node)
+    divides = node.op_type == "Div" and pair is not None and node.inputs[0] is not pair[0]
+    return None if divides else pair
 
 
 def _lowest(mask: ir.Value) -> tuple[float, bool] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
 from .. import edit, read
 from ..dims import dim, same_shape
@@ -62,6 +63,8 @@ class RemoveNoOps(ir.passes.InPlacePass):
             changed = _shorten_reshape(node) or _merge_unsqueeze(node) or _merge_transpose(node)
             source = _unchanged(node)
             hits += (source is not None and _bypass(node, source)) or changed
+        if hits:
+            common.NameFixPass()(model)  # the name of a new constant may be that of another value
         return Outcome(model, bool(hits), hits=hits)
 
 
@@ -163,7 +166,11 @@ def _whole(node: ir.Node) -> bool:
     axes = read.ints(node, "axes", 3) if len(node.inputs) > 3 and node.inputs[3] else None
     if starts is None or ends is None or any(starts):
         return False
-    sizes = [dim(x, axis) for axis in (axes or range(len(ends)))]
+    if axes is None:
+        if len(node.inputs) > 3 and node.inputs[3] is not None:
+            return False  # computed: they may be any
+        axes = list(range(len(ends)))
+    sizes = [dim(x, axis) for axis in axes]
     known = zip(ends, sizes, strict=False)
     return all(end >= END or (isinstance(size, int) and end >= size) for end, size in known)
 

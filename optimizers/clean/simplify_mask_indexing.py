@@ -11,7 +11,7 @@ import onnx_ir.passes.common as common
 from ..dims import dim, same_dim, same_shape
 from ..edit import constant as new_constant
 from ..edit import replace
-from ..outcome import Outcome
+from ..outcome import Outcome, too_old
 from ..read import ints, producer, rank
 from .iota import Iota, length_of, read_iota, size_of
 
@@ -39,17 +39,19 @@ class SimplifyMaskIndexing(ir.passes.InPlacePass):
 
     TorchScript writes the same as one index into the flat mask, Gather(Flatten(mask), k + r * n).
     Where a dimension of the mask is not known to be as long as the indices, a Slice cuts it to
-    them first; where it were shorter, the gather would have failed.
+    them first; where it is shorter, the gather fails.
     """
 
     def call(self, model: ir.Model) -> Outcome:
         """Visit GatherND, and every Reshape that may end the flat form."""
+        if (old := too_old(model, 15, "masks are read")) is not None:
+            return old
         hits = 0
         for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
             if node.op_type not in ("GatherND", "Reshape") or node.domain != "":
                 continue
             found = _read_nd(node) if node.op_type == "GatherND" else _read_flat(node)
-            if found is not None and _in_order(found):
+            if found is not None and _in_order(found) and _is_whole(found, node.outputs[0]):
                 _write(node, found)
                 hits += 1
         if hits:
@@ -98,7 +100,9 @@ def _read_flat(node: ir.Node) -> _Found | None:
             continue
         for rows, size in (mul.inputs, reversed(mul.inputs)):
             first = read_iota(rows)
-            if first is not None and same_dim(size_of(size), dim(data, 1)):
+            # Indices beyond a row would run into the next one, where a Slice would cut them.
+            inside = same_dim(size_of(size), dim(data, 1)) and last.fills(dim(data, 1))
+            if first is not None and inside:
                 return _Found(data, [first, last], n)
     return None
 
@@ -122,6 +126,15 @@ def _in_order(found: _Found) -> bool:
     """Whether each dimension of the data has an axis of its own, in the order of the data."""
     axes = [i.axis for i in found.iotas]
     return axes == sorted(set(axes)) and len(axes) == rank(found.data)
+
+
+def _is_whole(found: _Found, result: ir.Value) -> bool:
+    """Whether the result has the sizes of the indices, and repeats nothing along other axes."""
+    axes = {i.axis + found.rank: i for i in found.iotas}
+    return rank(result) == found.rank and all(
+        axes[a].fills(dim(result, a)) if a in axes else dim(result, a) == 1
+        for a in range(found.rank)
+    )
 
 
 def _write(node: ir.Node, found: _Found) -> None:

@@ -34,8 +34,9 @@ class SimplifyShapes(ir.passes.InPlacePass):
     3. Two lists of sizes that are equal by name become one, computed where the first one was; one
        size is read by Shape<start, end> from the first tensor that has it, mostly an input.
 
-    A -1 beside a size that is 0 at run time is an error in ONNX Runtime: of an empty batch, a
-    graph can be refused that took it before; it is never computed wrong.
+    -1 is written for a size only where it is neither a number nor that of the input at the same
+    place. Beside a size that is 0 at run time, ONNX Runtime refuses it: y = Reshape(x, [0, -1, 8])
+    of an empty batch or an empty past fails with an error, where the computed target ran.
     """
 
     def call(self, model: ir.Model) -> Outcome:

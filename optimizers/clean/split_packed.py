@@ -9,7 +9,7 @@ import onnx_ir.passes.common as common
 from .. import edit, read
 from ..outcome import Outcome
 from .facts import Facts
-from .simplify_shapes import reshape_target
+from .simplify_shapes import OLDEST, reshape_target
 
 
 class SplitPacked(ir.passes.InPlacePass):
@@ -31,8 +31,11 @@ class SplitPacked(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> Outcome:
         """Visit nodes in graph order, learning sizes on the way."""
+        if (opset := model.opset_imports.get("", 0)) < OLDEST:
+            note = f"the opset is {opset}, and packed projections are split from opset {OLDEST}"
+            return Outcome(model, False, notes=(note,))
         facts, hits = Facts(model), 0
-        splits: dict[tuple[ir.Value, int], ir.Node] = {}
+        splits: dict[tuple[int, ir.Value, int], ir.Node] = {}
         for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
             facts.visit(node)
             found = _read(node, facts)
@@ -109,7 +112,7 @@ def _follow(rank: int, path: object) -> list[int | None] | None:
 
 def _write(
     node: ir.Node,
-    splits: dict[tuple[ir.Value, int], ir.Node],
+    splits: dict[tuple[int, ir.Value, int], ir.Node],
     source: ir.Value,
     parts: int,
     size: int,
@@ -119,7 +122,8 @@ def _write(
 ) -> None:
     graph, output, nodes = node.graph, node.outputs[0], []
     assert isinstance(graph, ir.Graph)
-    if (source, parts) not in splits:
+    key = id(graph), source, parts  # one branch of an If cannot read what the other one makes
+    if key not in splits:
         sizes = edit.constant(graph, f"{source.name}_sizes", np.array([size] * parts, np.int64))
         axis = len(source.shape) - 1 if source.shape is not None else -1
         split = ir.node("Split", [source, sizes], attributes={"axis": axis}, num_outputs=parts)
@@ -127,8 +131,8 @@ def _write(
             part.name, part.type = f"{source.name}_part{i}", source.type
             part.shape = None if source.shape is None else ir.Shape([*source.shape[:-1], size])
         graph.insert_before(node, split)
-        splits[source, parts] = split
-    result = splits[source, parts].outputs[index]
+        splits[key] = split
+    result = splits[key].outputs[index]
     if target is not None:
         shape = edit.constant(graph, f"{output.name}_target", np.array(target, np.int64))
         nodes.append(ir.node("Reshape", [result, shape]))

@@ -33,7 +33,7 @@ def view_of(
     while name in graph.initializers:
         name += "_"
     lazy = ir.LazyTensor(
-        lambda: ir.tensor(np.ascontiguousarray(view(tensor.numpy())), dtype=tensor.dtype),
+        lambda: ir.tensor(np.asarray(view(tensor.numpy()), order="C"), dtype=tensor.dtype),
         dtype=tensor.dtype,
         shape=ir.Shape(shape),
         name=name,

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..dims import dim, same_dim
+from ..dims import Dim, dim, same_dim
 from ..edit import constant as new_constant
 from ..edit import replace
-from ..outcome import Outcome
+from ..outcome import Outcome, describe
 from ..read import is_scalar, last_axis, producer, rank, reader, readers, with_scalar
-from .scores import Add, Fill, Scores, read_scores
+from .scores import LOW, Add, Fill, Scores, read_scores, stopped_at
 from .walk import lift
 
 SOFT = -3.3e38  # see lower/soften_attention_mask.py: the kernel takes lower ones for -inf
@@ -45,7 +45,6 @@ class _Found:
     k_transposed: ir.Value
     v: ir.Value
     result: ir.Value
-    wide_softmax: bool  # computed in float32 although Q is narrower
 
 
 class LiftAttention(ir.passes.InPlacePass):
@@ -72,13 +71,15 @@ class LiftAttention(ir.passes.InPlacePass):
 
 
 def _read(softmax: ir.Node) -> _Found | str | None:
-    scores = read_scores(softmax)
-    if scores is None:
+    scores, output = read_scores(softmax), _forward(softmax)
+    if output is None or (isinstance(output, str) and scores is None):
         return None
-    output = _forward(softmax)
-    if output is None or isinstance(output, str):
+    if scores is None:
+        node = stopped_at(softmax)
+        return None if node is None else f"{describe(node)} makes the scores, or changes them"
+    if isinstance(output, str):
         return output
-    matmul, wide = output
+    matmul = output
     if isinstance(scores, str):
         return scores
     if not last_axis(softmax.outputs[0], [softmax.attributes.get_int("axis", -1)]):
@@ -94,13 +95,13 @@ def _read(softmax: ir.Node) -> _Found | str | None:
     if not scores.scale > 0:
         return f"the scale is {scores.scale:g}"
     k = _untransposed(k_transposed)
-    found = _Found(scores, q, k, k_transposed, v, result, wide)
+    found = _Found(scores, q, k, k_transposed, v, result)
     return _refusal(found) or found
 
 
-def _forward(softmax: ir.Node) -> tuple[ir.Node, bool] | str | None:
+def _forward(softmax: ir.Node) -> ir.Node | str | None:
     """The MatMul with the values, through Casts and the guard against NaN."""
-    value, cast = softmax.outputs[0], False
+    value = softmax.outputs[0]
     guard = _guard(value)
     if guard is not None:
         value = guard
@@ -108,7 +109,7 @@ def _forward(softmax: ir.Node) -> tuple[ir.Node, bool] | str | None:
         names = sorted(n.op_type for n in readers(value))
         return f"the probabilities have {len(names)} readers: {', '.join(names)}"
     if (node := reader(value, "Cast")) is not None:
-        value, cast = node.outputs[0], True
+        value = node.outputs[0]
     matmuls = [n for n in readers(value) if n.op_type == "MatMul" and n.domain == ""]
     if not matmuls or matmuls[0].inputs[0] is not value:
         return None
@@ -116,7 +117,7 @@ def _forward(softmax: ir.Node) -> tuple[ir.Node, bool] | str | None:
         return "the probabilities are an output of the graph"
     if len(value.uses()) > 1:
         return f"the probabilities have {len(value.uses())} readers"
-    return matmuls[0], cast
+    return matmuls[0]
 
 
 def _guard(value: ir.Value) -> ir.Value | None:
@@ -135,6 +136,8 @@ def _unscaled(value: ir.Value) -> tuple[ir.Value, float]:
     while (node := producer(value, "Mul", "Div")) is not None:
         found = with_scalar(node)
         if found is None or (node.op_type == "Div" and node.inputs[0] is not found[0]):
+            break
+        if found[1] == 0.0:
             break
         value = found[0]
         scale = scale * found[1] if node.op_type == "Mul" else scale / found[1]
@@ -174,20 +177,17 @@ def _refusal(found: _Found) -> str | None:
     ranks = [rank(x) for x in (q, k_transposed, v)]
     if ranks not in ([4, 4, 4], [3, 3, 3]):
         return f"Q, K and V have ranks {', '.join(map(str, ranks))}; 3 or 4 each is wanted"
-    for what, a, b in (("K", q, k_transposed), ("V", k_transposed, v)):
-        if ranks[0] == 4 and _differ(dim(a, 0), dim(b, 0)):
-            return f"{what} has another batch: {dim(b, 0)}, not {dim(a, 0)}"
-    heads = dim(q, 1), dim(k_transposed, 1), dim(v, 1)
-    if ranks[0] == 3:
-        if not (same_dim(dim(q, 0), dim(k_transposed, 0)) and same_dim(dim(q, 0), dim(v, 0))):
-            shapes = ", ".join(str(x.shape) for x in (q, k_transposed, v))
-            return f"Q, K and V of rank 3 are not known to have one batch: {shapes}"
-    elif not (_same_heads(*heads) or heads[1:] == (1, 1)):
+    if rank(found.result) != ranks[0]:
+        return f"the result has rank {rank(found.result)}, the queries have {ranks[0]}"
+    # MatMul broadcasts over batch and heads; the operator does over heads of K and V alone. That V
+    # has a row for each key needs no proof: MatMul takes nothing else.
+    batches = [dim(x, 0) for x in (q, k_transposed, v)]
+    if not _all_same(batches):
+        sizes = ", ".join(map(str, batches))
+        return f"Q, K and V are not known to have one batch: {sizes}"
+    heads = [dim(x, 1) for x in (q, k_transposed, v)]
+    if ranks[0] == 4 and not (_all_same(heads) or heads[1:] == [1, 1]):
         return f"Q, K and V have {', '.join(map(str, heads))} heads"
-    if not same_dim(dim(v, -2), dim(k_transposed, -1)) and _differ(
-        dim(v, -2), dim(k_transposed, -1)
-    ):
-        return f"V has {dim(v, -2)} rows for {dim(k_transposed, -1)} keys"
     if any(to not in FLOATS for to in found.scores.casts):
         return f"the scores are cast to {found.scores.casts[0].name}"
     if found.result.dtype not in (None, q.dtype):
@@ -208,9 +208,14 @@ def _mask_refusal(found: _Found) -> str | None:
         keys = dim(found.k_transposed, -1)
         if n and dim(value, -1) == 1 and keys != 1:
             return f"the last dimension of mask {value.name!r} is 1, not that of the keys: {keys}"
+        wider = [a for a in range(-2, -n - 1, -1) if dim(found.q, a) == 1 != dim(value, a)]
+        if wider:  # the sum has the mask's size there, the operator's result has that of Q
+            return f"the mask {value.name!r} of shape {value.shape} widens Q of {found.q.shape}"
         if fills and found.q.dtype == ir.DataType.FLOAT16:
             return f"the mask {value.name!r} fills float16 scores, where adding overflows"
     depths = {f.number for f in fills}
+    if depths and max(depths) > LOW:
+        return f"after scaling, a mask fills with {max(depths):g}, which scores may reach"
     if len(depths) > 1:
         return f"masks fill with different numbers: {', '.join(f'{d:g}' for d in sorted(depths))}"
     if adds and fills and fills[0].number > DEEP:
@@ -219,13 +224,8 @@ def _mask_refusal(found: _Found) -> str | None:
     return None
 
 
-def _differ(a: ir.SymbolicDim | int | None, b: ir.SymbolicDim | int | None) -> bool:
-    """Whether two sizes are known to differ, or one of them broadcasts."""
-    return (isinstance(a, int) and isinstance(b, int) and a != b) or (a == 1) != (b == 1)
-
-
-def _same_heads(*heads: ir.SymbolicDim | int | None) -> bool:
-    return all(same_dim(heads[0], h) for h in heads[1:])
+def _all_same(sizes: list[Dim]) -> bool:
+    return all(same_dim(sizes[0], size) for size in sizes[1:])
 
 
 def _write(softmax: ir.Node, found: _Found) -> None:

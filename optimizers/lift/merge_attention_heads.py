@@ -38,7 +38,7 @@ class MergeAttentionHeads(ir.passes.InPlacePass):
         for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
             if node.op_type != "Attention" or node.domain != "" or rank(node.inputs[0]) != 4:
                 continue
-            if len([v for v in node.inputs if v is not None]) > 4 or len(node.outputs) > 1:
+            if any(v is not None for v in node.inputs[4:]) or len(node.outputs) > 1:
                 continue
             splits = [_split(v) for v in node.inputs[:3]]
             joined = _join(node.outputs[0], splits[0])

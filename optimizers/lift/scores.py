@@ -19,6 +19,7 @@ from ..read import constant, producer, scalar, with_scalar
 # A filled score gets no weight beside any other score above it; scores do not get this low.
 LOW = -1e4
 _FOLLOWED = ("Mul", "Div", "Add", "Sub", "Where", "Cast")
+_CROSSED = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Tanh", "Clip", "Min", "Max", "Slice")
 _DEPTH = 12  # steps between a Softmax and its MatMul; those of real graphs are below 8
 
 
@@ -60,6 +61,8 @@ class Scores:
                 found = with_scalar(node)
                 if found is None:
                     return f"the scale in {node.op_type} {node.name!r} is computed, not a number"
+                if found[1] == 0.0:
+                    return f"the scale in {node.op_type} {node.name!r} is 0"
                 number = found[1] if node.op_type == "Mul" else 1.0 / found[1]
                 if node.op_type == "Div" and node.inputs[0] is not value:
                     return f"Div {node.name!r} divides by the scores"
@@ -99,7 +102,7 @@ class Scores:
 
 def _float32(number: float) -> float:
     """What the graph computes: the lowest float, doubled, is -inf."""
-    return number if number >= np.finfo(np.float32).min else -math.inf
+    return number if number >= float(np.finfo(np.float32).min) else -math.inf
 
 
 def read_scores(softmax: ir.Node) -> Scores | str | None:
@@ -118,6 +121,25 @@ def read_scores(softmax: ir.Node) -> Scores | str | None:
             return reason
         value = node.outputs[0]
     return _second_reader(value) or scores
+
+
+def stopped_at(softmax: ir.Node) -> ir.Node | None:
+    """The node at which the walk to a MatMul of two computed values ended, if there is one."""
+    return _beyond(softmax.inputs[0], 8)
+
+
+def _beyond(value: ir.Value | None, depth: int) -> ir.Node | None:
+    node = producer(value, "MatMul", "Einsum", *_FOLLOWED, *_CROSSED)
+    if node is None or depth == 0:
+        return None
+    if node.op_type in ("MatMul", "Einsum"):
+        computed = not any(constant(v) is not None or _weight(v) for v in node.inputs)
+        return node if computed else None
+    for operand in node.inputs:
+        found = _beyond(operand, depth - 1)
+        if found is not None:
+            return node if node.op_type in _CROSSED else found
+    return None
 
 
 def _second_reader(value: ir.Value) -> str | None:

@@ -1,1 +1,11 @@
-"""Passes that write the form which one target runs fastest, and which its kernels take."""
+"""Passes that write the form which one target runs fastest, and which its kernels take.
+
+rules.py                            running rewrite rules, and hearing why they declined
+fuse_embedding.py                   -> com.microsoft.EmbedLayerNormalization
+pack_attention.py                   -> com.microsoft.Attention
+fuse_skip_layer_normalization.py    -> com.microsoft.SkipLayerNormalization
+fuse_bias_gelu.py                   -> com.microsoft.BiasGelu, FastGelu
+soften_attention_mask.py            keep the lowest float out of masks
+expand_attention_mask.py            give masks a row for each query
+expand_rotary_cache.py              give caches a row for each text
+"""

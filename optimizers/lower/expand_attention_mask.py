@@ -22,6 +22,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from ..dims import Dim, dim, same_dim
+from ..edit import constant
 from ..outcome import Outcome
 
 MASK = 3  # index of attn_mask among the inputs of Attention
@@ -127,11 +128,11 @@ def _rows(mask: ir.Value, node: ir.Node, made: dict[tuple[object, ...], ir.Value
         return made[key]
     nodes: list[ir.Node] = []
     if isinstance(size, int):
-        target = _constant(graph, f"{mask.name}_rows_shape", [size, 1])
+        target = constant(graph, f"{mask.name}_rows_shape", np.array([size, 1], np.int64))
     else:
         axis = _query_axis(node)
         shape = ir.node("Shape", [query], attributes={"start": axis, "end": axis + 1})
-        one = _constant(graph, f"{mask.name}_rows_one", [1])
+        one = constant(graph, f"{mask.name}_rows_one", np.array([1], np.int64))
         concat = ir.node("Concat", [shape.outputs[0], one], attributes={"axis": 0})
         shape.outputs[0].name = f"{mask.name}_rows_length"
         concat.outputs[0].name = f"{mask.name}_rows_shape"
@@ -146,19 +147,3 @@ def _rows(mask: ir.Value, node: ir.Node, made: dict[tuple[object, ...], ir.Value
     graph.insert_before(node, [*nodes, expand])
     made[key] = result
     return result
-
-
-def _constant(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
-    array = np.array(numbers, np.int64)
-    for value in graph.initializers.values():  # one that is there already will do
-        have = value.const_value
-        if have is None or have.dtype != ir.DataType.INT64 or have.shape != array.shape:
-            continue
-        if np.array_equal(have.numpy(), array):
-            return value
-    while name in graph.initializers:
-        name += "_"
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    value.shape, value.type = ir.Shape(array.shape), ir.TensorType(ir.DataType.INT64)
-    graph.register_initializer(value)
-    return value

@@ -11,10 +11,11 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from ..clean.iota import size_of
+from ..clean.weight_views import is_weight
 from ..dims import dim, same_dim, same_shape
 from ..edit import replace
 from ..outcome import Outcome
-from ..read import constant, ints, producer, rank
+from ..read import constant, ints, producer, rank, reader
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class FuseEmbedding(ir.passes.InPlacePass):
     ```
 
     The three terms may be added in any order. The kernel counts positions from 0, as the Slice
-    does; a length beyond the table is an error with both.
+    does; a length beyond the table is an error with both. It wants the table of positions without
+    its first axis, so nothing else may read that table, or the rows that are taken of it.
     """
 
     def call(self, model: ir.Model) -> Outcome:
@@ -61,6 +63,8 @@ def _read(norm: ir.Node) -> _Found | None:
     n = rank(total)
     if n != 3 or norm.attributes.get_int("axis", -1) not in (-1, 2) or len(norm.inputs) < 3:
         return None
+    if any(v.uses() or v.is_graph_output() for v in norm.outputs[1:]):
+        return None  # the mean and the deviation, which the kernel does not give
     lookups, positions = [], None
     for term in _terms(total):
         gather, cut = producer(term, "Gather"), producer(term, "Slice")
@@ -81,7 +85,7 @@ def _read(norm: ir.Node) -> _Found | None:
     counted = same_dim(size_of(positions.inputs[2]), dim(ids, 1))
     if table is None or table.const_value is None or rank(table) != 3 or dim(table, 0) != 1:
         return None
-    alone = len(table.uses()) == 1 and not table.is_graph_input()
+    alone = is_weight(table) and reader(table) is positions and reader(positions.outputs[0])
     return _Found(lookups, table) if first and plain and counted and alone else None
 
 

@@ -11,10 +11,11 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from .. import edit
+from ..clean.weight_views import is_weight, view_of
 from ..dims import dim
-from ..edit import replace
 from ..outcome import Outcome, describe
-from ..read import constant, ints, is_scalar, producer, rank, scalar
+from ..read import constant, ints, producer, rank, scalar
 
 DEEP = -1e38  # a mask of this depth is a padding mask, and not a bias
 FILTER = -3.3e38  # see soften_attention_mask.py
@@ -97,7 +98,7 @@ def _pack(node: ir.Node) -> str | None:
     if padding is not None:
         attributes["mask_filter_value"] = FILTER
     nodes.append(ir.node("Attention", inputs, attributes=attributes, domain="com.microsoft"))
-    replace(node.outputs[0], nodes[-1].outputs[0], nodes)
+    edit.replace(node.outputs[0], nodes[-1].outputs[0], nodes)
     return None
 
 
@@ -106,41 +107,36 @@ def _projection(value: ir.Value | None) -> _Projection | None:
     add = producer(value, "Add")
     if add is not None:
         for a, b in (add.inputs, reversed(add.inputs)):
-            if b is not None and b.const_value is not None and rank(b) == 1:
+            if constant(b) is not None and rank(b) == 1:
                 value, bias = a, b
                 break
     matmul = producer(value, "MatMul")
     if matmul is None:
         return None
     x, weight = matmul.inputs
-    if x is None or weight is None or weight.const_value is None or rank(weight) != 2:
+    if x is None or weight is None or not is_weight(weight) or rank(weight) != 2:
         return None
-    if len(weight.uses()) > 1 or weight.is_graph_input() or rank(x) != 3:
+    if len(weight.uses()) > 1 or rank(x) != 3:
         return None
+    if bias is not None and dim(bias, 0) != dim(weight, 1):
+        return None  # it broadcasts, or makes rows of one
     return _Projection(x, weight, bias)
 
 
 def _packed(graph: ir.Graph, parts: list[_Projection]) -> list[ir.Value]:
     """The weights side by side, read when they are written to disk, and the biases."""
     weights = [p.weight.const_value for p in parts if p.weight.const_value is not None]
-    dtype, shape = weights[0].dtype, weights[0].shape.numpy()
+    dtype, (rows, size) = weights[0].dtype, weights[0].shape.numpy()
     name = f"{parts[0].weight.name}_qkv"
-    tensor = ir.LazyTensor(
-        lambda: ir.tensor(np.concatenate([w.numpy() for w in weights], axis=1)),
-        dtype=dtype,
-        shape=ir.Shape([shape[0], 3 * shape[1]]),
-        name=name,
-    )
-    none = np.zeros(shape[1], dtype.numpy())
+
+    def side_by_side(_: np.ndarray) -> np.ndarray:
+        return np.concatenate([w.numpy() for w in weights], axis=1)
+
+    weight = view_of(parts[0].weight, side_by_side, [rows, 3 * size], name)
+    none = np.zeros(size, dtype.numpy())
     biases = [constant(p.bias) for p in parts]
     bias = np.concatenate([none if b is None else b for b in biases])
-    values = []
-    for title, data in ((name, tensor), (f"{name}_bias", ir.tensor(bias))):
-        value = ir.Value(name=title, const_value=data)
-        value.shape, value.type = ir.Shape(data.shape.numpy()), ir.TensorType(dtype)
-        graph.register_initializer(value)
-        values.append(value)
-    return values
+    return [weight, edit.constant(graph, f"{name}_bias", bias)]
 
 
 def _padding(mask: ir.Value) -> ir.Value | None:
@@ -151,7 +147,7 @@ def _padding(mask: ir.Value) -> ir.Value | None:
         return None
     seen, yes, no = where.inputs
     depth = scalar(no)
-    if not is_scalar(yes, 0.0) and scalar(yes) != 0.0:
+    if scalar(yes) != 0.0:
         return None
     if depth is None or not np.finfo(np.float32).min <= depth <= DEEP:
         return None

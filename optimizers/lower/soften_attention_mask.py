@@ -12,8 +12,9 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from ..edit import constant
 from ..outcome import Outcome
-from ..read import is_scalar, producer, scalar
+from ..read import factor_of, is_scalar, producer, scalar
 from .expand_attention_mask import MASK
 
 LOWEST = float(np.finfo(np.float32).min)
@@ -41,7 +42,7 @@ class SoftenAttentionMask(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> Outcome:
         """Visit Attention nodes in order: the first of several layers carries the nodes."""
-        soft: dict[ir.Value, ir.Value] = {}
+        soft: dict[tuple[int, ir.Value], ir.Value] = {}
         hits = 0
         for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
             if node.op_type != "Attention" or node.domain != "" or len(node.inputs) <= MASK:
@@ -49,11 +50,12 @@ class SoftenAttentionMask(ir.passes.InPlacePass):
             mask = node.inputs[MASK]
             if mask is None or mask.dtype not in (None, ir.DataType.FLOAT):
                 continue
-            if mask not in soft:
+            key = id(node.graph), mask  # one branch of an If cannot read what the other one makes
+            if key not in soft:
                 if _is_soft(mask) or not _may_be_lowest(mask):
                     continue
-                soft[mask] = _soften(mask, node)
-            node.replace_input_with(MASK, soft[mask])
+                soft[key] = _soften(mask, node)
+            node.replace_input_with(MASK, soft[key])
             hits += 1
         if hits:
             common.NameFixPass()(model)
@@ -105,18 +107,21 @@ def _soften(mask: ir.Value, node: ir.Node) -> ir.Value:
     """The mask without the lowest float, made before `node`."""
     graph = node.graph
     assert isinstance(graph, ir.Graph)
+    high = constant(graph, f"{mask.name}_soft_value", np.array(SOFT, np.float32))
     choice = producer(mask, "Where")
-    if choice is not None and None not in (numbers := [scalar(v) for v in choice.inputs[1:]]):
-        soft = _scalar(graph, f"{mask.name}_soft_value", SOFT)
+    numbers: list[float | None] = [None]
+    if choice is not None:  # its rank is that of the condition, whatever the rank of the numbers
+        numbers = [factor_of(v, choice.inputs[0]) for v in choice.inputs[1:]]
+    if choice is not None and None not in numbers:
         pairs = zip(choice.inputs[1:], numbers, strict=True)
-        higher = [soft if number == LOWEST else value for value, number in pairs]
+        higher = [high if number == LOWEST else value for value, number in pairs]
         where = ir.node("Where", [choice.inputs[0], *higher])
         where.outputs[0].name = f"{mask.name}_soft"
         where.outputs[0].type, where.outputs[0].shape = mask.type, mask.shape
         graph.insert_before(node, [where])
         return where.outputs[0]
-    equal = ir.node("Equal", [mask, _scalar(graph, f"{mask.name}_lowest", LOWEST)])
-    high = _scalar(graph, f"{mask.name}_soft_value", SOFT)
+    lowest = constant(graph, f"{mask.name}_lowest", np.array(LOWEST, np.float32))
+    equal = ir.node("Equal", [mask, lowest])
     where = ir.node("Where", [equal.outputs[0], high, mask])
     equal.outputs[0].name, where.outputs[0].name = f"{mask.name}_is_lowest", f"{mask.name}_soft"
     equal.outputs[0].shape, where.outputs[0].shape = mask.shape, mask.shape
@@ -124,11 +129,3 @@ def _soften(mask: ir.Value, node: ir.Node) -> ir.Value:
     where.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     graph.insert_before(node, [equal, where])
     return where.outputs[0]
-
-
-def _scalar(graph: ir.Graph, name: str, number: float) -> ir.Value:
-    tensor = ir.tensor(np.float32(number), name=name)
-    value = ir.Value(name=name, const_value=tensor)
-    value.shape, value.type = ir.Shape(()), ir.TensorType(ir.DataType.FLOAT)
-    graph.register_initializer(value)
-    return value
