@@ -260,11 +260,12 @@ def _strip(model: ir.Model) -> None:
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
     for node in model.graph.all_nodes():
-        scope = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+        # "['', 'layers.0', 'layers.0.attention', 'softmax']": modules from the outside in, the op.
+        scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
         node.metadata_props.clear()
         node.doc_string = None
-        if scope:
-            node.metadata_props["onnxpress.scope"] = scope
+        if modules := [scope for scope in scopes[:-1] if scope]:
+            node.metadata_props["onnxpress.scope"] = modules[-1]
     for value in (*model.graph.inputs, *_values(model.graph)):
         value.metadata_props.clear()
         value.doc_string = None
