@@ -10,10 +10,16 @@ from pathlib import Path
 
 import onnxpress
 import pytest
+from hypothesis import settings
 from onnxpress.errors import OnnxpressError
 
 # torch writes every symbol that it makes to this one, and pytest would keep and print it all.
 logging.getLogger("torch.__trace").disabled = True
+
+
+# The same draws in every run: a failure is one that the next run shows again.
+settings.register_profile("steady", derandomize=True, deadline=None)
+settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session")
