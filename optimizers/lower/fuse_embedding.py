@@ -38,7 +38,8 @@ class FuseEmbedding(ir.passes.InPlacePass):
 
     The three terms may be added in any order. The kernel counts positions from 0, as the Slice
     does; a length beyond the table is an error with both. It wants the table of positions without
-    its first axis, so nothing else may read that table, or the rows that are taken of it.
+    its first axis, so nothing else may read that table, or the rows that are taken of it. Ids below
+    0, which Gather counts from the end, are an error here: no tokenizer gives them.
     """
 
     def call(self, model: ir.Model) -> Outcome:
@@ -84,6 +85,15 @@ def _read(norm: ir.Node) -> _Found | None:
     plain = len(positions.inputs) < 5 or ints(positions, "steps", 4) == [1]
     counted = same_dim(size_of(positions.inputs[2]), dim(ids, 1))
     if table is None or table.const_value is None or rank(table) != 3 or dim(table, 0) != 1:
+        return None
+    # The kernel broadcasts nothing: no table, scale or shift of one column, no table of one row.
+    size, one_row = dim(table, 2), dim(table, 1) == 1
+    wide = [*(g.inputs[0] for g in lookups), *norm.inputs[1:3]]
+    if one_row or not isinstance(size, int) or any(dim(v, -1) != size for v in wide):
+        return None
+    if any(rank(v) != 1 for v in norm.inputs[1:3]):
+        return None
+    if total is None or total.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
         return None
     alone = is_weight(table) and reader(table) is positions and reader(positions.outputs[0])
     return _Found(lookups, table) if first and plain and counted and alone else None

@@ -24,7 +24,14 @@ class _Rule(RewriteRuleClassBase):
         return op.LayerNormalization(total, scale, bias, _outputs=["y"]), total
 
     def check(  # type: ignore[override]
-        self, context: Any, x: ir.Value, skip: ir.Value, scale: ir.Value, y: ir.Value, **_: Any
+        self,
+        context: Any,
+        x: ir.Value,
+        skip: ir.Value,
+        scale: ir.Value,
+        bias: ir.Value,
+        y: ir.Value,
+        **_: Any,
     ) -> MatchResult:
         result = MatchResult()
         norm = y.producer()
@@ -32,8 +39,13 @@ class _Rule(RewriteRuleClassBase):
         n, axis = rank(x), norm.attributes.get_int("axis", -1)
         if n != 3:
             return result.fail(f"the kernel wants rank 3, not {n}", x)
-        if axis not in (-1, n - 1) or rank(scale) != 1:
+        if axis not in (-1, n - 1):
             return result.fail(f"the norm is over axis {axis}, not the last", y)
+        for v in (scale, bias):
+            if rank(v) != 1 or not same_dim(dim(v, 0), dim(x, -1)):
+                return result.fail(f"scale or shift has shape {v.shape}", v)
+        if x.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+            return result.fail(f"no kernel for {x.dtype.name if x.dtype else None}", x)
         if len(norm.outputs) > 1:
             return result.fail("the mean or the deviation is read too", y)
         if not (same_shape(x, skip) or _one_for_all(skip, x)):

@@ -83,6 +83,8 @@ def _pack(node: ir.Node) -> str | None:
     padding = None if mask is None else _padding(mask)
     if mask is not None and padding is None:
         return f"the mask {mask.name!r} is not one of padding"
+    if padding is not None and any(dim(padding, a) == 1 != dim(found[0].x, a) for a in (0, 1)):
+        return f"the padding has shape {padding.shape}, the values have {found[0].x.shape}"
     nodes: list[ir.Node] = []
     inputs: list[ir.Value | None] = [found[0].x, *_packed(graph, found)]
     if padding is not None:
