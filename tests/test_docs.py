@@ -159,4 +159,4 @@ def test_the_map_is_of_this_repository() -> None:
                 folder = path
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     declared = packages["tool"]["setuptools"]["packages"]
-    assert {p.partition(".")[2] for p in declared if "." in p} <= folders
+    assert {p.partition(".")[2].replace(".", "/") for p in declared if "." in p} <= folders
