@@ -287,7 +287,8 @@ def export(name: str, how: str, path: Path, size: str = "tiny") -> Path:
         axes["verbose"] = False
     else:
         axes["dynamic_axes"] = dict(zip(names, dims, strict=True))
-    torch.backends.mha.set_fastpath_enabled(False)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it is one op, which no exporter knows
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
@@ -295,8 +296,11 @@ def export(name: str, how: str, path: Path, size: str = "tiny") -> Path:
         torch.no_grad(),
     ):
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model, feeds, str(path), input_names=names, output_names=["output"],
-            opset_version=opset, dynamo=dynamo, **axes,
-        )  # fmt: skip
+        try:
+            torch.onnx.export(
+                model, feeds, str(path), input_names=names, output_names=["output"],
+                opset_version=opset, dynamo=dynamo, **axes,
+            )  # fmt: skip
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
     return path

@@ -38,9 +38,7 @@ FROZEN = {("nn-encoder", "script14"), ("nn-transformer", "script14")}
 CASES = [
     *((name, "script14") for name in LAYERS),
     ("minilm", "dynamo18"),
-    ("hand", "dynamo18"),
     ("llama", "dynamo18"),
-    ("nn-transformer", "dynamo23"),
 ]
 
 
