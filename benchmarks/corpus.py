@@ -1,7 +1,7 @@
 """Ten Transformers as three exporters write them: what the optimizer is measured and tested on.
 
     module(name, size)          the model and its example inputs, random weights, seeded
-    export(name, how, path)     its ONNX file; how: dynamo23, dynamo18 or script14
+    export(name, how, path)     its ONNX file; how: a key of HOW
 
 Sizes: `tiny` has 2 layers and is for tests, `real` has the size that the name says.
 """
@@ -20,7 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-HOW = {"dynamo23": (True, 23), "dynamo18": (True, 18), "script14": (False, 14)}
+HOW = {
+    "dynamo23": (True, 23),
+    "dynamo18": (True, 18),
+    "script14": (False, 14),
+    "script11": (False, 11),  # before scaled_dot_product_attention: eager models only
+}
 
 
 class HandNorm(nn.Module):

@@ -32,6 +32,7 @@ from .clean.sink_transposes import SinkTransposes
 from .clean.slice_tables import SliceTables
 from .clean.split_packed import SplitPacked
 from .clean.split_projections import SplitProjections
+from .clean.unflatten_softmax import UnflattenSoftmax
 from .clean.unfold_gemm import UnfoldGemm
 from .counts import count_changes, count_ops
 from .lift.drop_key_bias import DropKeyBias
@@ -116,6 +117,7 @@ def clean(*, with_onnxsim: bool = False) -> list[ir.passes.PassBase]:
         common.RemoveUnusedNodesPass(),
         InferShapes(),
         NameSizes(),
+        UnflattenSoftmax(),  # needs ranks: what an old opset ran over a matrix
         SimplifyMaskIndexing(),  # needs sizes: a gather of every element is the mask itself
         RemoveTrueMasks(),
         SliceTables(),

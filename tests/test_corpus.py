@@ -37,6 +37,7 @@ LAYERS = {
 FROZEN = {("nn-encoder", "script14"), ("nn-transformer", "script14")}
 CASES = [
     *((name, "script14") for name in LAYERS),
+    ("minilm-eager", "script11"),
     ("minilm", "dynamo18"),
     ("llama", "dynamo18"),
 ]

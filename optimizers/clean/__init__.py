@@ -14,6 +14,7 @@ remove_nan_guards.py          guards against rows that no mask empties
 simplify_mask_indexing.py     a mask gathered element by element is the mask
 remove_true_masks.py          the half of a mask that is always true
 slice_tables.py               the first rows of a table, gathered one by one
+unflatten_softmax.py          Softmax over the last axis, without a matrix around it
 unfold_gemm.py                Reshape, Gemm, Reshape is MatMul and Add
 split_packed.py               queries, keys, values gathered from one projection
 split_projections.py          one projection for each of them
