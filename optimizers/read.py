@@ -14,7 +14,7 @@ LIMIT = 1 << 20  # elements; what rules compare is small, and weights stay on di
 
 
 def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
-    """The ai.onnx node of one of these types that makes `value`, in the same graph; or None."""
+    """The ai.onnx node of one of these types that makes `value`, or None."""
     node = None if value is None else value.producer()
     if node is None or node.domain not in ("", "ai.onnx"):
         return None

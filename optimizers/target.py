@@ -35,9 +35,8 @@ class Target:
     disabled_optimizers: tuple[str, ...] = ()
 
 
-# cuda and tensorrt have their row so that callers can name them; what is lowered for them comes
-# later. TensorRT picks importers by op type and ignores the domain, so its `ops` stays empty for
-# good. False is the safe answer about masks: an Expand is right everywhere, a lack of it is not.
+# TensorRT picks importers by op type and ignores the domain, so its `ops` stays empty for good.
+# False is the safe answer about masks: an Expand is right everywhere, a lack of it is not.
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
