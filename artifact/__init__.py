@@ -34,12 +34,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 FORMAT = 1
-MODEL, WEIGHTS, MANIFEST, MEASURED = (
-    "model.onnx",
-    "model.onnx.data",
-    "manifest.json",
-    "measured.json",
-)
+MODEL, WEIGHTS, MANIFEST = "model.onnx", "model.onnx.data", "manifest.json"
+MEASURED, REPORT = "measured.json", "report.html"  # they hold times: no two runs write the same
+UNLISTED = {MANIFEST, MEASURED, REPORT}
 
 # What ONNX Runtime takes at most (1.31 refuses IR 14 and opset 27), and what we write.
 ORT_RANGE = ">=1.31,<1.33"
@@ -90,6 +87,8 @@ class Manifest:
         passes: Each pass in order: `name`, `changed`, `ops` (count differences), `hits`, `notes`.
         fusions: Each kind of layer: `kind`, `fused`, `lifted`, `missed`; None where not recorded.
         parity: What was compared, and how far apart it was; None where there was no reference.
+        precision: Of a graph that is not float32: what was asked, how it was made, its drift, its
+            layers and the other candidates; None elsewhere.
         tools: Versions that made it.
         files: For each other file: `bytes` and `sha256`. Filled in by `Staging.publish`.
         sha256: Of the manifest's own text without this field. Filled in by `Staging.publish`.
@@ -106,6 +105,7 @@ class Manifest:
     passes: list[dict[str, Any]] = field(default_factory=list)
     fusions: list[dict[str, Any]] | None = None
     parity: dict[str, Any] | None = None
+    precision: dict[str, Any] | None = None
     runtime: dict[str, Any] = field(default_factory=lambda: {"onnxruntime": ORT_RANGE})
     tools: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -260,7 +260,7 @@ class Staging:
         Raises:
             OutputError: The place was taken while this was being made.
         """
-        names = sorted(p.name for p in self.path.iterdir() if p.name not in (MANIFEST, MEASURED))
+        names = sorted(p.name for p in self.path.iterdir() if p.name not in UNLISTED)
         files = {
             n: {"bytes": (self.path / n).stat().st_size, "sha256": sha256(self.path / n)}
             for n in names
@@ -355,7 +355,7 @@ def check_output(final: str | os.PathLike[str], *, force: bool = False) -> None:
         )
     hint = "choose another directory with -o, or remove it yourself"
     try:
-        ours = {MANIFEST, MEASURED, *read_manifest(final).files}
+        ours = {*UNLISTED, *read_manifest(final).files}
     except ArtifactError as e:
         raise OutputError(
             f"the output exists and is no artifact that can be read: {e.what}",

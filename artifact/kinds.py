@@ -15,6 +15,7 @@ _NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", N
 _SPECS = [{"name": str, "dtype": str, "shape": [(int, str)]}]
 _DISTANCE = (float, "inf", "-inf", "nan")
 _ID = (int, NoneType)
+_EXAMPLES = {"from": str, "examples": int, "sha256": str}
 
 MANIFEST: dict[str, Any] = {
     "format": int,
@@ -75,6 +76,56 @@ MANIFEST: dict[str, Any] = {
             "allowed_drift?": bool,
             "worst": str,
             "undefined?": int,
+        },
+        NoneType,
+    ),
+    "precision?": (
+        {
+            "asked": str,
+            "precision": str,
+            "recipe": {str: (str, int, float, bool, [str])},
+            "calibration": _EXAMPLES,
+            "search": _EXAMPLES,
+            "given": {"calibration": (str, NoneType), "eval": (str, NoneType)},
+            "eval": _EXAMPLES,
+            "drift": {
+                "metric": str,
+                "mean": _DISTANCE,
+                "worst": _DISTANCE,
+                "budget": _DISTANCE,
+                "worst_budget": _DISTANCE,
+                "passed": bool,
+                "allowed": bool,
+                "why": str,
+                "extra": {str: _DISTANCE},
+            },
+            "layers": [
+                {
+                    "name": str,
+                    "kind": str,
+                    "precision": str,
+                    "sensitivity": (*_DISTANCE, NoneType),
+                    "alpha": (float, NoneType),
+                    "reason": str,
+                }
+            ],
+            "candidates": [
+                {
+                    "name": str,
+                    "drift": (*_DISTANCE, NoneType),
+                    "worst": (*_DISTANCE, NoneType),
+                    "passed": bool,
+                    "kept": bool,
+                    "bytes": _ID,
+                    "float_layers": _ID,
+                    "why": str,
+                }
+            ],
+            "pruned": (
+                {"heads": float, "ffn": float, "weights": float, "pattern": str},
+                NoneType,
+            ),
+            "notes": [str],
         },
         NoneType,
     ),

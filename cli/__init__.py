@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 from ..errors import OnnxpressError
-from . import build, graph, use
+from . import build, graph, look, use
 
 
 class _Terminated(KeyboardInterrupt):
@@ -80,5 +80,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (*build.COMMANDS, *graph.COMMANDS, *use.COMMANDS):
+for command in (*build.COMMANDS, *graph.COMMANDS, *look.COMMANDS, *use.COMMANDS):
     main.add_command(command)

@@ -15,6 +15,7 @@ from ..press import export as export_source
 from ..press import press as press_source
 from ..press import verify as verify_artifact
 from . import show
+from .look import tell_candidates, tell_gate, with_times
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -85,6 +86,33 @@ def publishing(command: Command) -> Command:
     return command
 
 
+def precision(*names: str) -> Callable[[Command], Command]:
+    """The options of a change of precision."""
+
+    def decorate(command: Command) -> Command:
+        for option in (
+            click.option("--no-measure", "measure", is_flag=True, flag_value=False, default=True,
+                         help="Time nothing, and do not ask of a precision that it is faster."),
+            click.option("--prune", metavar="WHAT",
+                         help="Prune first: heads:0.25,ffn:0.25, weights:0.5, or 2:4."),
+            click.option("--calibrator", default="minmax", show_default=True,
+                         type=click.Choice(["minmax", "percentile", "entropy", "mse"]),
+                         help="How int8 finds the range of an activation."),
+            click.option("--max-drift", type=float, metavar="DRIFT",
+                         help="Budget of the mean drift; each task has one of its own."),
+            click.option("--eval", "evaluation", metavar="FILE", type=click.Path(),
+                         help="Examples to judge on; some are held out otherwise."),
+            click.option("--calibration", metavar="FILE", type=click.Path(),
+                         help="Examples to learn from; a small set of ours otherwise."),
+            click.option("--precision", default="fp32", show_default=True,
+                         type=click.Choice(names), help="What to compute in."),
+        ):  # fmt: skip
+            command = option(command)
+        return command
+
+    return decorate
+
+
 require_fused = click.option(
     "--require-fused", is_flag=True, help="Refuse a graph of which a layer stays unfused."
 )
@@ -102,9 +130,8 @@ def export(source: str, out: str, as_json: bool, **options: Any) -> None:
 @_common
 @click.option("--target", default="cpu", show_default=True, type=click.Choice(["cpu"]),
               help="What to optimize for.")  # fmt: skip
+@precision("fp32", "int8", "int8-dynamic", "fp16", "auto")
 @require_fused
-@click.option("--no-measure", "measure", is_flag=True, flag_value=False, default=True,
-              help="Do not time it against PyTorch.")  # fmt: skip
 def press(source: str, out: str, as_json: bool, **options: Any) -> None:
     """Export SOURCE, optimize it for a target, check it, measure it."""
     manifest = press_source(source, out, progress=show.progress(as_json), **options)
@@ -128,6 +155,10 @@ def published(manifest: Manifest, out: str, as_json: bool) -> None:
             f"max |difference| {worst}"
         )
     click.echo(told)
+    if (precision := with_times(manifest, out)) is not None:
+        tell_gate(precision)
+        if len(precision["candidates"]) > 1:
+            tell_candidates(precision["candidates"])
     for word, count in (("fused", lambda f: f["fused"]), ("unfused", lambda f: len(f["missed"]))):
         rows = [f"{f['kind']} {count(f)}" for f in manifest.fusions or () if count(f)]
         if rows:

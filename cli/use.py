@@ -1,8 +1,7 @@
-"""run, inspect, doctor: what an artifact and this machine can do."""
+"""run, doctor: what an artifact and this machine can do."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ import click
 import numpy as np
 
 from .. import artifact
-from ..errors import MissingPackage, ProviderError, UsageError
+from ..errors import UsageError
 from . import show, texts
 
 MOST_IN_TABLE = 20  # texts of which a table of similarities still fits a terminal
@@ -144,116 +143,6 @@ def _plain(row: Any) -> str:
 
 
 @click.command()
-@click.argument("directory", metavar="DIR", type=click.Path())
-@click.option("--fusions", is_flag=True, help="Which layers are fused, and why others are not.")
-@click.option("--passes", is_flag=True, help="Each pass: ops added and removed, hits, time.")
-@show.json_option
-def inspect(directory: str, fusions: bool, passes: bool, as_json: bool) -> None:
-    """Show DIR: its signature, op counts and placement, and what was done to it."""
-    manifest = artifact.read_manifest(directory)
-    artifact.check_files(directory, manifest, hashes=False)
-    if fusions or passes:
-        asked = {"fusions": manifest.fusions} if fusions else {}
-        asked |= {"passes": _timed(manifest, directory)} if passes else {}
-        show.json_line(asked) if as_json else _tell(asked)
-        return
-    placement = _placement(directory)
-    if as_json:
-        show.json_line({**asdict(manifest), "placement": placement})
-        return
-    source, parity = manifest.source, manifest.parity or {}
-    click.echo(f"task       {manifest.task}")
-    click.echo(f"source     {source['spec']} (weights {source['weights_sha256'][:12]})")
-    click.echo("target     " + ", ".join(f"{k} {v}" for k, v in manifest.target.items()))
-    for side in ("inputs", "outputs"):
-        specs = getattr(manifest, side)
-        shown = [*specs[:6], *([f"... {len(specs) - 6} more"] if len(specs) > 6 else [])]
-        for i, spec in enumerate(shown):
-            click.echo(f"{side if not i else '':10} {spec}")
-    if parity:
-        worst = max((float(v) for v in parity["max_abs"].values()), default=0.0)
-        verdict = "passed" if parity["passed"] else "DRIFT ALLOWED: " + parity["worst"]
-        click.echo(
-            f"parity     {len(parity['points'])} points against {parity['reference']}, "
-            f"max |difference| {worst:.1e}, {verdict}"
-        )
-    click.echo("placement  " + ("; ".join(f"{k}: {v} nodes" for k, v in placement.items())))
-    for note in source.get("notes", []):
-        click.echo(f"note       {note}")
-    click.echo()
-    counts = sorted(manifest.ops.items(), key=lambda item: (-item[1], item[0]))
-    show.table(counts, ("op", "count"))
-    click.echo()
-    _tell({"fusions": manifest.fusions, "passes": _timed(manifest, directory)})
-
-
-def _tell(asked: dict[str, Any]) -> None:
-    """The tables of `--fusions` and `--passes`."""
-    if "fusions" in asked:
-        _tell_fusions(asked["fusions"])
-    if len(asked) > 1:
-        click.echo()
-    if "passes" in asked:
-        rows = [
-            (
-                p["name"],
-                "yes" if p["changed"] else "no",
-                p.get("hits", 0) or "",
-                "" if p["ms"] is None else f"{p['ms']:.1f}",
-                _delta(p["ops"]),
-                "; ".join(p["notes"]),
-            )
-            for p in asked["passes"]
-        ]
-        show.table(rows, ("pass", "changed", "hits", "ms", "ops", "notes"))
-
-
-def _tell_fusions(fusions: list[dict[str, Any]] | None) -> None:
-    if fusions is None:
-        click.echo("fusions    not recorded; optimize the artifact to see them")
-        return
-    if not fusions:
-        click.echo("fusions    it has no layer of a kind that is fused")
-        return
-    rows = [(f["kind"], f["fused"], f["lifted"], len(f["missed"])) for f in fusions]
-    show.table(rows, ("layer", "fused", "lifted", "missed"))
-    missed = [(f["kind"], m["node"], m["reason"]) for f in fusions for m in f["missed"]]
-    if missed:
-        click.echo()
-        show.table(missed, ("missed", "node", "reason"))
-
-
-def _timed(manifest: artifact.Manifest, directory: str) -> list[dict[str, Any]]:
-    """The passes with the milliseconds that measured.json has for them, or null.
-
-    Times differ from run to run, so the manifest has none; and nobody vouches for that file.
-    """
-    try:
-        text = (Path(directory) / artifact.MEASURED).read_text(encoding="utf-8")
-        times = [(str(p["name"]), float(p["ms"])) for p in json.loads(text)["passes"]]
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):
-        times = []
-    if [name for name, _ in times] != [p["name"] for p in manifest.passes]:
-        return [{**p, "ms": None} for p in manifest.passes]
-    return [{**p, "ms": ms} for p, (_, ms) in zip(manifest.passes, times, strict=True)]
-
-
-def _placement(directory: str) -> dict[str, int]:
-    from .. import runtime
-
-    try:
-        return dict(runtime.Session(directory).placement().counts)
-    except MissingPackage as e:
-        return {f"unknown ({e.hint})": 0}
-    except ProviderError as e:  # lowered for another provider
-        return {f"unknown ({e.what})": 0}
-
-
-def _delta(ops: dict[str, int]) -> str:
-    return " ".join(f"{name}{count:+d}" for name, count in sorted(ops.items()))
-
-
-@click.command()
 @show.json_option
 def doctor(as_json: bool) -> None:
     """Say what works here, what does not, and the pip line that would mend it."""
@@ -272,4 +161,4 @@ def doctor(as_json: bool) -> None:
             click.echo(f"         mend it with: {c.fix}")
 
 
-COMMANDS = (run, inspect, doctor)
+COMMANDS = (run, doctor)

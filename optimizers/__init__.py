@@ -8,9 +8,10 @@
     explain.py                the table of layers: fused, lifted, missed, and why
     read.py, edit.py          what rules ask of a graph, and how they change it
 
-    one pass a file, in three rooms:
+    one pass a file, in four rooms:
     clean/                    leave less of the same: constants, shapes, no-ops, leftovers
     lift/                     raise decomposed forms to the ops that mean them
+    precision/                less precision, and less of the model; a gate watches these
     lower/                    write the form that one target runs fastest
 
 onnx_ir has the others: inlining, dead code, equal constants, equal nodes.

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -47,7 +47,9 @@ from .lift.share_key_heads import ShareKeyHeads
 from .lower.expand_attention_mask import ExpandAttentionMask
 from .lower.expand_rotary_cache import ExpandRotaryCache
 from .lower.fuse_bias_gelu import FuseBiasGelu
+from .lower.fuse_dynamic_matmul import FuseDynamicMatmul
 from .lower.fuse_embedding import FuseEmbedding
+from .lower.fuse_integer_matmul import FuseIntegerMatmul
 from .lower.fuse_skip_layer_normalization import FuseSkipLayerNormalization
 from .lower.pack_attention import PackAttention
 from .lower.soften_attention_mask import SoftenAttentionMask
@@ -84,9 +86,37 @@ Observer = Callable[[Step, ir.passes.PassBase, ir.Model], None]
 """Called after every pass; it watches, and must leave the model as it is."""
 
 
-def passes(target: Target, *, with_onnxsim: bool = False) -> list[ir.passes.PassBase]:
+@dataclass(frozen=True)
+class Change:
+    """Passes that change what a graph computes: precision/ has them, and a gate watches them.
+
+    Attributes:
+        base: Of the base graph, before it is lowered: int8 and pruning.
+        lowered: Of the lowered graph: fp16 and bf16, which lowering rules need not know.
+    """
+
+    base: Sequence[ir.passes.PassBase] = ()
+    lowered: Sequence[ir.passes.PassBase] = ()
+
+
+NO_CHANGE = Change()
+
+
+def passes(
+    target: Target, *, with_onnxsim: bool = False, change: Change = NO_CHANGE
+) -> list[ir.passes.PassBase]:
     """The passes for `target`, in the order in which they run."""
-    return [*clean(with_onnxsim=with_onnxsim), *lift(), *lower(target), *finish()]
+    return [*raised(with_onnxsim=with_onnxsim), *lowered(target, change)]
+
+
+def raised(*, with_onnxsim: bool = False) -> list[ir.passes.PassBase]:
+    """From any graph to the base graph."""
+    return [*clean(with_onnxsim=with_onnxsim), *lift()]
+
+
+def lowered(target: Target, change: Change = NO_CHANGE) -> list[ir.passes.PassBase]:
+    """From the base graph to that of one target."""
+    return [*change.base, *lower(target), *change.lowered, *finish()]
 
 
 def clean(*, with_onnxsim: bool = False) -> list[ir.passes.PassBase]:
@@ -155,6 +185,8 @@ def lower(target: Target) -> list[ir.passes.PassBase]:
         ("Attention", PackAttention()),  # before masks are widened: it reads their source
         ("SkipLayerNormalization", FuseSkipLayerNormalization()),
         ("BiasGelu", FuseBiasGelu()),
+        ("MatMulIntegerToFloat", FuseIntegerMatmul()),  # takes the bias, where no rule above did
+        ("MatMulIntegerToFloat", FuseDynamicMatmul()),
     ]
     return [
         *(rule for op, rule in rules if f"com.microsoft::{op}" in target.ops),
@@ -208,8 +240,28 @@ def optimize(
         onnx_ir.passes.PostconditionError: A pass changed the signature: a defect of that pass.
     """
     todo = passes(target, with_onnxsim=with_onnxsim)
+    return run_passes(model, todo, observers=observers, until=until, skip=skip)
+
+
+def run_passes(
+    model: ir.Model,
+    todo: Sequence[ir.passes.PassBase],
+    *,
+    observers: Iterable[Observer] = (),
+    until: str | None = None,
+    skip: Collection[str] = (),
+    first: int = 0,
+) -> list[Step]:
+    """Run a list of passes on `model`, in place: all of `passes`, or a part of it.
+
+    Args:
+        model: The graph.
+        todo: The passes.
+        observers, until, skip: See `optimize`, which says what is raised, too.
+        first: The index of the first pass, where others ran before.
+    """
     with _without_output_names(model):
-        return _run(model, todo, tuple(observers), until, frozenset(skip))
+        return _run(model, todo, tuple(observers), until, frozenset(skip), first)
 
 
 @contextlib.contextmanager
@@ -233,16 +285,17 @@ def _without_output_names(model: ir.Model) -> Iterator[None]:
 
 def _run(
     model: ir.Model,
-    todo: list[ir.passes.PassBase],
+    todo: Sequence[ir.passes.PassBase],
     observers: tuple[Observer, ...],
     until: str | None,
     skip: frozenset[str],
+    first: int,
 ) -> list[Step]:
     names = [pass_name(p) for p in todo]
     _check_names(names, {*skip, *([until] if until else [])})
     steps: list[Step] = []
     before, signature = count_ops(model), _signature(model)
-    for index, (name, p) in enumerate(zip(names, todo, strict=True)):
+    for index, (name, p) in enumerate(zip(names, todo, strict=True), first):
         if name not in skip:
             start = time.perf_counter()
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Target:
         disabled_optimizers: ONNX Runtime's own optimizers that would undo the form written here.
         broadcasts_rotary_cache: Whether the RotaryEmbedding kernel stretches a cache of batch 1.
             Where False, `expand_rotary_cache` writes the Expand.
+        precisions: What a model can be made into for it, in the order in which `auto` tries them.
+        quantized: What static int8 makes of its activations: "uint8" with a zero point, or "int8"
+            without; None where it has no integer kernels for them.
         reads_lowest_float: Whether the Attention kernel tells the lowest float in a mask from
             -inf. Where False, `soften_attention_mask` writes a higher one.
     """
@@ -33,6 +37,8 @@ class Target:
     broadcasts_rotary_cache: bool = False
     reads_lowest_float: bool = False
     disabled_optimizers: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ("fp32",)
+    quantized: Literal["uint8", "int8"] | None = None
 
 
 # TensorRT picks importers by op type and ignores the domain, so its `ops` stays empty for good.
@@ -54,6 +60,8 @@ TARGETS: dict[str, Target] = {
                 }
             ),
             disabled_optimizers=("BiasGeluFusion", "SkipLayerNormFusion"),
+            precisions=("fp32", "int8", "int8-dynamic", "fp16"),
+            quantized="uint8",
         ),
         Target(
             "cuda",
@@ -69,7 +77,15 @@ TARGETS: dict[str, Target] = {
                     "com.microsoft::SkipLayerNormalization",
                 }
             ),
+            precisions=("fp32", "fp16", "bf16"),
         ),
-        Target("tensorrt", "TensorrtExecutionProvider", "fp16", 23),
+        Target(
+            "tensorrt",
+            "TensorrtExecutionProvider",
+            "fp16",
+            23,
+            precisions=("fp32", "fp16", "bf16", "int8"),
+            quantized="int8",
+        ),
     )
 }

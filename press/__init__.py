@@ -7,9 +7,20 @@ Rooms that load torch are imported inside the functions, so that `import onnxpre
     road.py       the road itself, which export, press and optimize take
     optimize.py   optimize: an .onnx file, or an artifact once more
     common.py     a source's reference, the export extra
-    proof.py      verify: files, signature and parity again
+    record.py     the manifest of what a road made
+    trial.py      a graph that is about to be published: opened, and tried as its task
+    proof.py      verify: files, signature, parity and drift again
     timing.py     bench: interleaved medians
     diff.py       diff: two graphs side by side
+
+    wish.py       the precision that was asked for, and what is to be pruned
+    change.py     from a float32 graph to one of another precision
+    candidates.py what makes each precision
+    lab.py        where candidates are built, opened and compared
+    precision.py  the gate: drift, layers put back to float, speed
+    data.py, records.py       examples; texts/ holds the default ones
+    drift.py, evaluator.py    how far the answers of two graphs lie apart, task by task
+    report/       report.html
 """
 
 from __future__ import annotations
@@ -25,6 +36,7 @@ from .optimize import optimize
 from .proof import Finding, verify
 from .road import Order, road
 from .timing import bench
+from .wish import wish_of
 
 if TYPE_CHECKING:
     from .road import Given
@@ -77,6 +89,12 @@ def press(
     *,
     target: str = "cpu",
     task: str | None = None,
+    precision: str = "fp32",
+    calibration: PathLike | None = None,
+    evaluation: PathLike | None = None,
+    max_drift: float | None = None,
+    calibrator: str = "minmax",
+    prune: str | None = None,
     require_fused: bool = False,
     force: bool = False,
     allow_drift: bool = False,
@@ -88,11 +106,21 @@ def press(
 
     Args:
         target: What it is lowered for: cpu.
+        precision: fp32, int8 (static), int8-dynamic, fp16, or auto: the fastest that passes the
+            gate. What drifts past the budget loses layers to float until it does not; what is not
+            faster than fp32 is refused.
+        calibration: Examples to learn from: a .jsonl, .txt or .npz file, or a directory of .npz;
+            None for a small set of ours that the task has.
+        evaluation: Examples that the gate judges on; None holds some out.
+        max_drift: What the mean drift may be at most; None for the task's own (docs/precision.md).
+        calibrator: Of static int8: minmax, percentile, entropy or mse.
+        prune: What is pruned first: "heads:0.25,ffn:0.25", "weights:0.5" or "2:4".
         require_fused: Refuse to publish where a layer stays unfused.
-        measure: Time it against PyTorch and keep the table in measured.json.
+        measure: Time it against PyTorch and keep the table in measured.json; where False, speed
+            does not decide about the precision either.
 
     The other arguments, what is returned and what is raised are those of `export`; GateError too
-    where `require_fused` finds a layer.
+    where `require_fused` finds a layer, or where no graph of the precision meets the budget.
     """
     if target != "cpu":
         raise UsageError(
@@ -108,6 +136,7 @@ def press(
         allow_drift=allow_drift,
         times=measure,
         measure=measure,
+        wish=wish_of(precision, calibration, evaluation, max_drift, calibrator, prune),
         progress=progress,
     )
     return road(order, lambda: _resolved(source, task, trust_pickle))

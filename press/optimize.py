@@ -11,6 +11,7 @@ from .. import artifact
 from ..artifact import Manifest
 from ..errors import OutputError, SourceError, UsageError
 from .road import Given, Order, road
+from .wish import wish_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -27,6 +28,13 @@ def optimize(
     skip: Sequence[str] = (),
     require_fused: bool = False,
     with_onnxsim: bool = False,
+    precision: str = "fp32",
+    calibration: str | os.PathLike[str] | None = None,
+    evaluation: str | os.PathLike[str] | None = None,
+    max_drift: float | None = None,
+    calibrator: str = "minmax",
+    prune: str | None = None,
+    measure: bool = True,
     force: bool = False,
     allow_drift: bool = False,
     progress: Callable[[str], None] = lambda _: None,
@@ -45,6 +53,9 @@ def optimize(
         skip: Names of passes to leave out.
         require_fused: Refuse to publish where a layer stays unfused.
         with_onnxsim: Let onnxsim simplify the graph too.
+        precision, calibration, evaluation, max_drift, calibrator, prune: As in `press`; bf16 too,
+            for cuda and tensorrt.
+        measure: Whether a change of precision has to be faster too; for cpu alone.
         force: Replace an artifact that is at `out`.
         allow_drift: Publish even where the check fails, and record it.
         progress: Told each step as it begins.
@@ -63,6 +74,7 @@ def optimize(
         raise UsageError(f"there is no target {target!r}", hint="one of " + ", ".join(TARGETS))
     _check_source(path)
     _check_apart(path, Path(out))
+    wish = wish_of(precision, calibration, evaluation, max_drift, calibrator, prune)
     order = Order(
         spec,
         out,
@@ -74,6 +86,8 @@ def optimize(
         force=force,
         allow_drift=allow_drift,
         times=True,
+        measure=measure and bool(wish),
+        wish=wish,
         progress=progress,
     )
     return road(order, lambda: _artifact(path) if path.is_dir() else _file(spec))

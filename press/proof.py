@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from .. import artifact
 from ..artifact import Manifest
@@ -13,7 +13,7 @@ from ..errors import ArtifactError, GateError, OnnxpressError
 from .common import is_data, needs_export, reference_of
 
 if TYPE_CHECKING:
-    from ..exporter import Parity
+    from ..exporter import Parity, Reference
     from ..runtime import Session
 
 Progress = Callable[[str], None]
@@ -65,7 +65,7 @@ def verify(
                 hint="make the artifact again from its source",
             )
     found.append(Finding("signature", True, "; ".join(map(str, session.inputs))))
-    found.append(_verify_parity(manifest, session, source, trust_pickle, progress))
+    found.extend(_verify_parity(manifest, session, source, trust_pickle, progress))
     return found
 
 
@@ -75,12 +75,10 @@ def _verify_parity(
     source: str | None,
     trust_pickle: bool,
     progress: Progress,
-) -> Finding:
+) -> list[Finding]:
     spec = source or str(manifest.source["spec"])
     if not source and not is_data(spec):
-        return Finding(
-            "parity", None, f"{spec} is code or a hub's: name it with --source to run it"
-        )
+        return [_unmade(f"{spec} is code or a hub's: name it with --source to run it")]
     try:
         with needs_export():
             from .. import exporter
@@ -90,7 +88,7 @@ def _verify_parity(
     except OnnxpressError as e:
         if source:
             raise
-        return Finding("parity", None, f"the source is not at hand: {e.what}")
+        return [_unmade(f"the source is not at hand: {e.what}")]
     if built.weights_sha256 != manifest.source["weights_sha256"]:
         if source:
             raise GateError(
@@ -98,7 +96,9 @@ def _verify_parity(
                 where=spec,
                 hint="name the source as it was; a factory of random weights needs a manual_seed",
             )
-        return Finding("parity", None, f"{spec} has other weights by now: not compared")
+        return [_unmade(f"{spec} has other weights by now: not compared")]
+    if manifest.precision is not None:
+        return [_verify_drift(manifest.precision, session, reference, progress)]
     progress(f"check against {reference.name}")
     parity = exporter.check(
         reference, session.run, session.inputs, progress=lambda p: progress(f"  {p}")
@@ -106,7 +106,66 @@ def _verify_parity(
     recorded = (manifest.parity or {}).get("allowed_drift", False)
     if not recorded:
         exporter.refuse(parity)
-    return Finding("parity", parity.passed, describe(parity))
+    return [Finding("parity", parity.passed, describe(parity))]
+
+
+def _unmade(why: str) -> Finding:
+    return Finding("parity", None, why)
+
+
+class _AsSession:
+    """A reference that answers as a session does: it has the artifact's manifest and tokenizer."""
+
+    def __init__(self, reference: Reference, session: Session) -> None:
+        self.path, self.manifest = session.path, session.manifest
+        self.inputs, self.outputs = session.inputs, session.outputs
+        self._run = reference.run
+
+    def run(self, feeds: dict[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
+        """Outputs by name."""
+        every = dict(zip((o.name for o in self.outputs), self._run(feeds), strict=True))
+        return every if outputs is None else {name: every[name] for name in outputs}
+
+    run_unchecked = run
+
+
+def _verify_drift(
+    precision: dict[str, Any], session: Session, reference: Reference, progress: Progress
+) -> Finding:
+    """The gate once more, against the source itself and on the same examples."""
+    from .data import prepare
+    from .drift import evaluator_of
+
+    assert session.manifest is not None
+    given = precision["given"]
+    try:
+        sets = prepare(
+            session.manifest.task,
+            session.inputs,
+            calibration=given["calibration"],
+            evaluation=given["eval"],
+        )
+    except OnnxpressError as e:
+        return Finding("drift", None, f"the examples are not at hand: {e}")
+    judged = precision["eval"]
+    if sets.evaluation.summary() != judged:
+        return Finding("drift", None, f"the examples of {judged['from']} are others by now")
+    progress(f"drift from {reference.name}")
+    original = cast("Session", _AsSession(reference, session))
+    evaluator = evaluator_of(original, sets.evaluation)
+    budget = precision["drift"]["budget"]
+    drift = evaluator.drift(evaluator.answers(original), session, float(budget))
+    if not drift.passed and not precision["drift"]["allowed"]:
+        raise GateError(
+            f"the artifact drifts from {reference.name}: {drift.why}",
+            where=str(session.path.parent),
+            hint="press it again",
+        )
+    told = (
+        f"{len(sets.evaluation)} examples against {reference.name}, {drift.metric}: "
+        f"mean {drift.mean:.2g}, worst {drift.worst:.2g}, budget {drift.budget:g}"
+    )
+    return Finding("drift", drift.passed, told)
 
 
 def describe(parity: Parity) -> str:

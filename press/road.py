@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
+import contextlib
 import json
 import os
-import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import artifact
 from ..artifact import Manifest
-from ..errors import ArtifactError, ExportError, GateError, OnnxpressError, ProviderError
+from ..errors import GateError, UsageError
+from .change import Base, Pressed, change_precision, lab_folder
 from .common import graph_signature, needs_export, reference_of, run_model, some_feeds
-from .timing import default_shapes, time_against
+from .record import manifest_of
+from .trial import open_staged, try_task
+from .wish import NOTHING, Wish
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from ..exporter import Parity, Reference, Source
     from ..optimizers import Step
     from ..optimizers.explain import Fusion
-    from ..optimizers.pipeline import Observer
     from ..runtime import Session
-    from ..runtime.tasks import TextTask
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,7 @@ class Order:
         allow_drift: Publish even where the check fails.
         times: Keep the times of the passes in measured.json.
         measure: Time the result against its reference too, and keep that there.
+        wish: The precision, and what is pruned; the gate decides.
         progress: Told each step as it begins.
     """
 
@@ -58,6 +57,7 @@ class Order:
     allow_drift: bool = False
     times: bool = False
     measure: bool = False
+    wish: Wish = NOTHING
     progress: Callable[[str], None] = lambda _: None
 
 
@@ -90,143 +90,130 @@ def road(order: Order, take: Callable[[], Given]) -> Manifest:
     """
     artifact.check_output(order.out, force=order.force)
     with needs_export():
-        from .. import exporter
+        from ..optimizers import count_ops
         from ..optimizers.explain import explain
-        from ..optimizers.observers import from_environment
-    observers, progress = from_environment(), order.progress
-    with artifact.stage(order.out, force=order.force) as staging:
+    progress = order.progress
+    with contextlib.ExitStack() as stack:
+        staging = stack.enter_context(artifact.stage(order.out, force=order.force))
         progress(f"read {order.spec}")
         given = take()
         source = given.source
         model, notes = _graph(source, progress)
+        _check_wish(order, model)
         # An adopted graph is its own reference: opened before a pass sees it.
         reference = reference_of(source, given.file)
-        steps: list[Step] = []
-        if order.target or source.kind != "onnx":
-            progress(f"optimize for {order.target or 'any target'}")
-            steps = _optimize(model, order, reference, observers)
+        before = count_ops(model)
+        steps, base = _optimize(model, order, reference, given)
         fusions = explain(model, steps)
         if order.require_fused:
             _refuse_unfused(fusions, order.spec)
         progress("write the weights")
         artifact.save_model(model, staging.path)
-        session, why_not = _open(staging.path, order, given.before)
+        session, why_not = open_staged(staging.path, order, given.before)
         parity = None
         if session is None:
             notes = [*notes, f"not checked, for the CPU cannot run it: {why_not}"]
         else:
-            progress(f"check against {reference.name}")
-            parity = exporter.check(
-                reference,
-                session.run,
-                session.inputs,
-                session.outputs,
-                progress=lambda p: progress(f"  {p}"),
-            )
-            if not order.allow_drift:
-                exporter.refuse(parity, what="the optimized graph" if order.target else "the graph")
+            parity = _check(order, reference, session)
             if parity.misstated:
-                exporter.restate(model, parity.misstated)
-                artifact.save_model(model, staging.path)
-                session, _ = _open(staging.path, order, given.before)
+                session = _restated(order, given, parity, staging.path, model, base)
         for name, content in source.files.items():
             staging.write(name, content)
-        if order.times:
-            measured = {
-                "passes": [{"name": s.name, "ms": round(s.seconds * 1e3, 1)} for s in steps]
-            }
-            if order.measure and session is not None:
-                progress("measure")
-                shapes = default_shapes(session, reference)
-                measured |= time_against(session, reference, shapes)
+        manifest = manifest_of(order, given, model, session, steps, fusions, parity, notes)
+        pressed = Pressed(manifest, session, steps)
+        if base is not None:
+            folder = stack.enter_context(lab_folder(staging.path))
+            pressed = change_precision(order, given, base, pressed, reference, folder, staging.path)
+        measured = pressed.measure(order, reference) if order.times else {}
+        if measured:
             staging.write(artifact.MEASURED, json.dumps(measured, indent=2) + "\n")
-        manifest = _manifest(order, given, model, session, steps, fusions, parity, notes)
-        if source.task != "tensors" and session is not None:
+        if order.target:
+            staging.write(artifact.REPORT, pressed.report(before, measured))
+        if source.task != "tensors" and pressed.session is not None:
             progress("try the task")
-            session.manifest = manifest
-            _try_task(session, source.task, order.spec)
+            pressed.session.manifest = pressed.manifest
+            try_task(pressed.session, source.task, order.spec)
         progress("publish")
-        return staging.publish(manifest)
+        return staging.publish(pressed.manifest)
+
+
+def _check_wish(order: Order, model: ir.Model) -> None:
+    if not order.wish:
+        return
+    from .candidates import check
+
+    if order.until or order.skip:
+        raise UsageError(
+            "--precision and --prune need every pass; --until and --skip leave some out",
+            hint="look at single passes without a change of precision",
+        )
+    check(model, order.target or "cpu", order.wish.precision)
 
 
 def _optimize(
-    model: ir.Model, order: Order, reference: Reference, observers: list[Observer]
-) -> list[Step]:
+    model: ir.Model, order: Order, reference: Reference, given: Given
+) -> tuple[list[Step], Base | None]:
+    """The passes, in place; and the base graph between them, where its precision is to change."""
     from .. import optimizers
-    from ..optimizers.observers import runs_from_environment
+    from ..optimizers import pipeline
+    from ..optimizers.observers import from_environment, runs_from_environment
 
+    if order.target is None and given.source.kind == "onnx":
+        return [], None
+    order.progress(f"optimize for {order.target or 'any target'}")
     inputs, _ = graph_signature(model)
     runs = runs_from_environment(model, run_model, lambda: some_feeds(reference, inputs))
-    return optimizers.optimize(
-        model,
-        optimizers.TARGETS[order.target or "cpu"],
-        observers=[*observers, *runs],
-        until=order.until,
-        skip=order.skip,
-        with_onnxsim=order.with_onnxsim,
+    observers = [*from_environment(), *runs]
+    target = optimizers.TARGETS[order.target or "cpu"]
+    if not order.wish:
+        return optimizers.optimize(
+            model,
+            target,
+            observers=observers,
+            until=order.until,
+            skip=order.skip,
+            with_onnxsim=order.with_onnxsim,
+        ), None
+    todo = pipeline.raised(with_onnxsim=order.with_onnxsim)
+    steps = pipeline.run_passes(model, todo, observers=observers)
+    base = Base(model.clone(), tuple(steps))
+    todo = pipeline.lowered(target)
+    steps += pipeline.run_passes(model, todo, observers=observers, first=len(steps))
+    return steps, base
+
+
+def _check(order: Order, reference: Reference, session: Session) -> Parity:
+    from .. import exporter
+
+    order.progress(f"check against {reference.name}")
+    parity = exporter.check(
+        reference,
+        session.run,
+        session.inputs,
+        session.outputs,
+        progress=lambda p: order.progress(f"  {p}"),
     )
+    if not order.allow_drift:
+        exporter.refuse(parity, what="the optimized graph" if order.target else "the graph")
+    return parity
 
 
-def _manifest(
+def _restated(
     order: Order,
     given: Given,
+    parity: Parity,
+    path: Path,
     model: ir.Model,
-    session: Session | None,
-    steps: Sequence[Step],
-    fusions: Sequence[Fusion],
-    parity: Parity | None,
-    notes: Sequence[str],
-) -> Manifest:
-    from ..optimizers import TARGETS, count_ops
+    base: Base | None,
+) -> Session | None:
+    """The session once more, with the shapes of outputs as they were seen."""
+    from .. import exporter
 
-    source, before = given.source, given.before
-    inputs, outputs = (session.inputs, session.outputs) if session else graph_signature(model)
-    runtime: dict[str, Any] = {"onnxruntime": artifact.ORT_RANGE}
-    if order.target and (disabled := TARGETS[order.target].disabled_optimizers):
-        runtime["disabled_optimizers"] = list(disabled)
-    if before is not None and "optimize" in before.runtime:
-        runtime["optimize"] = before.runtime["optimize"]
-    return Manifest(
-        task=source.task,
-        source={
-            "spec": source.spec,
-            "kind": source.kind,
-            "weights_sha256": source.weights_sha256,
-            "notes": [*source.notes, *notes],
-        },
-        target={
-            "provider": order.target or "any",
-            "precision": _precision(model) or TARGETS[order.target or "cpu"].precision,
-            "opset": model.opset_imports.get("", 0),
-        },
-        inputs=inputs,
-        outputs=outputs,
-        settings=source.settings,
-        kv=source.kv,
-        ops=count_ops(model),
-        passes=[
-            {
-                "name": s.name,
-                "changed": s.changed,
-                "ops": s.ops,
-                "hits": s.hits,
-                "notes": list(s.notes),
-            }
-            for s in steps
-        ],
-        fusions=[
-            {
-                "kind": f.kind,
-                "fused": f.fused,
-                "lifted": f.lifted,
-                "missed": [{"node": m.node, "reason": m.reason} for m in f.missed],
-            }
-            for f in fusions
-        ],
-        parity=_recorded(parity, before),
-        runtime=runtime,
-        tools={**before.tools, **_tools("onnx")} if before else _tools(source.kind),
-    )
+    exporter.restate(model, parity.misstated)
+    if base is not None:
+        exporter.restate(base.model, parity.misstated)
+    artifact.save_model(model, path)
+    return open_staged(path, order, given.before)[0]
 
 
 def _graph(source: Source, progress: Callable[[str], None]) -> tuple[ir.Model, list[str]]:
@@ -248,92 +235,3 @@ def _refuse_unfused(fusions: Sequence[Fusion], spec: str) -> None:
             where=spec,
             hint="nothing was published; without --require-fused the manifest lists them instead",
         )
-
-
-def _open(path: Path, order: Order, before: Manifest | None) -> tuple[Session | None, str]:
-    """The graph on the CPU; where another target's has an op without a kernel there, which op."""
-    from ..optimizers import TARGETS
-    from ..runtime import Session
-
-    other = order.target not in (None, "cpu")
-    # Another provider's graph is checked as it is: what ONNX Runtime would make of it for the CPU
-    # says nothing about it.
-    optimize = False if other else before.runtime.get("optimize") if before else None
-    try:
-        disabled = TARGETS[order.target].disabled_optimizers if order.target else ()
-        return Session(path, optimize=optimize, disabled_optimizers=disabled), ""
-    except (ProviderError, ArtifactError) as e:  # `path` is about to go: name the source instead
-        if other and isinstance(e, ProviderError):
-            return None, e.what
-        raise ExportError(
-            f"ONNX Runtime does not open the graph: {e.what}",
-            where=order.spec,
-            hint="no CPU kernel for an op, or for its dtype: replace it, or export module.float()",
-        ) from e
-
-
-def _recorded(parity: Parity | None, before: Manifest | None) -> dict[str, Any] | None:
-    """The check for the manifest; a drift that was allowed once stays allowed."""
-    if parity is None:
-        return None
-    past = (before.parity if before else None) or {}
-    drifts = not parity.passed
-    summary = parity.summary()
-    if past.get("allowed_drift") and not drifts:
-        summary["worst"] = past["worst"]
-    return {**summary, "allowed_drift": drifts or bool(past.get("allowed_drift"))}
-
-
-def _try_task(session: Session, task: str, spec: str) -> None:
-    """Run the task on one short text: a label or a tokenizer that does not fit shows only then."""
-    from .. import runtime
-
-    text = "a"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", runtime.TruncationWarning)
-            match runtime.task_of(session, task):
-                case runtime.Embedder() as t:
-                    t.embed(text)
-                case runtime.Classifier() as t:
-                    t.classify(text)
-                case runtime.Translator() as t:
-                    t.translate(text, max_new_tokens=2)
-                # Of these, the tokenizer may not know the text, and then there is nothing to run.
-                case runtime.Answerer() as t if _knows(t, text):
-                    t.answer(text, text)
-                case runtime.Generator() as t if _knows(t, text):
-                    t.generate(text, max_new_tokens=2)
-    except Exception as e:  # whatever it raises, it would raise for whoever runs the artifact
-        what = e.what if isinstance(e, OnnxpressError) else f"{type(e).__name__}: {e}"
-        raise ExportError(
-            f"the artifact does not run as its task, {task}: {what}",
-            where=spec,
-            hint="mend the files of the model that say it, or export it with --task tensors",
-        ) from e
-
-
-def _knows(task: TextTask, text: str) -> bool:
-    return bool(len(task.tokenizer.encode(text, special=False)[0]))
-
-
-def _precision(model: ir.Model) -> str | None:
-    """The precision of most bytes of the weights, or None where no weight is of floats."""
-    names = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "DOUBLE": "fp64"}
-    found: Counter[str] = Counter()
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is not None and tensor.dtype.name in names:
-            found[names[tensor.dtype.name]] += tensor.nbytes
-    return found.most_common(1)[0][0] if found else None
-
-
-def _tools(kind: str) -> dict[str, str]:
-    packages = ["numpy", "onnx-ir", "onnxscript", "tokenizers"]
-    packages += ["torch"] if kind != "onnx" else []
-    packages += ["transformers"] if importlib.util.find_spec("transformers") else []
-    versions = {p: importlib.metadata.version(p).split("+")[0] for p in packages}
-    import onnxruntime
-
-    own = importlib.metadata.version("onnxpress")
-    return {**versions, "onnxruntime": onnxruntime.__version__, "onnxpress": own}

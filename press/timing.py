@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,15 +98,16 @@ def time_against(
     reference: Reference | None,
     shapes: Sequence[Shape],
     *,
+    beside: Mapping[str, Session] | None = None,
     threads: int | None = None,
     rounds: int = 9,
 ) -> dict[str, Any]:
-    """Medians of a session and of its reference at each shape, interleaved."""
+    """Medians of a session, of others `beside` it and of its reference, interleaved."""
     from ..runtime import time_runs
 
     def one(shape: Shape) -> dict[str, Any]:
         feeds = _feeds(session, reference, shape)
-        contestants: dict[str, Callable[[], object]] = {"onnxpress": lambda: session.run(feeds)}
+        contestants = _runs({"onnxpress": session, **(beside or {})}, feeds)
         if reference:
             torch = reference.name.startswith("torch")
             contestants["torch" if torch else "before"] = reference.prepare(feeds)
@@ -128,6 +130,26 @@ def time_against(
         "rounds": rounds,
         "rows": rows,
     }
+
+
+def time_sessions(
+    sessions: Mapping[str, Session], reference: Reference, shapes: Sequence[Shape]
+) -> list[dict[str, Any]]:
+    """Medians of sessions of one signature at each shape, interleaved: sizes, and `ms` by name."""
+    from ..runtime import time_runs
+
+    rows = []
+    for shape in shapes:
+        feeds = _feeds(next(iter(sessions.values())), reference, shape)
+        timed = time_runs(_runs(sessions, feeds), min_seconds=0.1)
+        rows.append({**shape.dims, "ms": {n: round(t.median, 3) for n, t in timed.items()}})
+    return rows
+
+
+def _runs(
+    sessions: Mapping[str, Session], feeds: dict[str, Any]
+) -> dict[str, Callable[[], object]]:
+    return {name: partial(session.run, feeds) for name, session in sessions.items()}
 
 
 def _feeds(session: Session, reference: Reference | None, shape: Shape) -> dict[str, Any]:

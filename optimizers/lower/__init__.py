@@ -5,6 +5,8 @@ fuse_embedding.py                   -> com.microsoft.EmbedLayerNormalization
 pack_attention.py                   -> com.microsoft.Attention
 fuse_skip_layer_normalization.py    -> com.microsoft.SkipLayerNormalization
 fuse_bias_gelu.py                   -> com.microsoft.BiasGelu, FastGelu
+fuse_integer_matmul.py              -> com.microsoft.MatMulIntegerToFloat, of constant scales
+fuse_dynamic_matmul.py              -> the same, of scales at run time
 soften_attention_mask.py            keep the lowest float out of masks
 expand_attention_mask.py            give masks a row for each query
 expand_rotary_cache.py              give caches a row for each text

@@ -1,0 +1,240 @@
+"""What makes each precision: which passes, and what they learn from calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from ..optimizers import TARGETS
+from ..optimizers.pipeline import Change, lowered, run_passes
+from ..optimizers.precision.convert_floats import ConvertFloats
+from ..optimizers.precision.emulate_floats import EmulateFloats
+from ..optimizers.precision.importance import Importance, InputNorms
+from ..optimizers.precision.layers import Layer, layers
+from ..optimizers.precision.learn_int8 import Int8, learn
+from ..optimizers.precision.mask_weights import MaskWeights
+from ..optimizers.precision.observe import with_outputs
+from ..optimizers.precision.overflow import observe_peaks, overflows
+from ..optimizers.precision.prune_feed_forward import PruneFeedForward
+from ..optimizers.precision.prune_heads import PruneHeads
+from ..optimizers.precision.quantize_dynamic import QuantizeDynamic
+from ..optimizers.precision.quantize_embeddings import QuantizeEmbeddings
+from ..optimizers.precision.quantize_static import Scheme
+from ..optimizers.precision.quantized import already_quantized
+from .lab import Attempt, Lab
+from .wish import Pruning
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes the candidates of one precision.
+
+    Attributes:
+        make: Builds one, given the names of the layers that stay in float.
+        layers: The layers of which each may stay in float; none where the precision has no such.
+        recipe: How it is made, for the manifest.
+        notes: What the user should know.
+        alphas: SmoothQuant's alpha of layers, by name.
+        reasons: Why layers stay in float in every candidate, by name.
+    """
+
+    make: Callable[[Collection[str]], Attempt]
+    layers: tuple[Layer, ...] = ()
+    recipe: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+def check(model: ir.Model, target: str, precision: str) -> None:
+    """Refuse what cannot be, before anything is computed.
+
+    Raises:
+        UsageError: The target has no such precision, or the model is quantized already.
+    """
+    has = TARGETS[target].precisions
+    if precision not in (*has, "auto"):
+        raise UsageError(
+            f"the target {target} has no {precision}: {_WHY_NOT.get((target, precision), '')}",
+            hint=f"--precision {', '.join(p for p in has)} or auto",
+        )
+    if node := already_quantized(model):
+        raise UsageError(
+            f"the model is quantized already: it has {node}",
+            hint="start from the model in float; what was rounded once cannot be taken back",
+        )
+
+
+_WHY_NOT = {
+    ("cuda", "int8"): "its provider has no kernel for integer activations, so that "
+    "QuantizeLinear and DequantizeLinear would only add work around float MatMuls",
+    ("cuda", "int8-dynamic"): "its provider has no DynamicQuantizeLinear: nodes would fall to "
+    "the CPU, with a copy each way",
+    ("tensorrt", "int8-dynamic"): "TensorRT takes no scales that are computed at run time",
+    ("cpu", "bf16"): "ONNX Runtime has no bf16 kernels on the CPU",
+}
+
+
+# Pruning --------------------------------------------------------------------------------------
+
+
+def prune(lab: Lab, wish: Pruning, progress: Progress) -> list[ir.passes.InPlacePass]:
+    """The passes that prune the lab's base graph, by importance on the calibration data."""
+    passes: list[ir.passes.InPlacePass] = []
+    if wish.heads or wish.ffn:
+        progress("importance of heads and feed-forward columns")
+        importance = Importance(lab.base)
+        _watch(lab, importance.taps, importance.see)
+        scores = importance.scores()
+        passes += [PruneHeads(wish.heads, scores)] if wish.heads else []
+        passes += [PruneFeedForward(wish.ffn, scores)] if wish.ffn else []
+    if wish.weights or wish.two_of_four:
+        progress("norms of what enters each MatMul")
+        start = _applied(lab.base, passes)
+        norms = InputNorms(start)
+        _watch(lab, norms.taps, norms.see, start)
+        if wish.two_of_four:
+            passes.append(MaskWeights(pattern="2:4", norms=norms.norms()))
+        else:
+            passes.append(MaskWeights(wish.weights, norms=norms.norms()))
+    return passes
+
+
+def _watch(
+    lab: Lab, taps: list[str], see: Callable[..., None], model: ir.Model | None = None
+) -> None:
+    if not taps:
+        return
+    outputs = with_outputs(model or lab.base, taps)
+    data = list(lab.batches())
+    for feeds, found in zip(data, lab.run(outputs, data), strict=True):
+        mask = lab.real(feeds)
+        fits = {n: mask for n in taps if mask is not None and found[n].shape[:-1] == mask.shape}
+        see(found, fits)
+
+
+def _applied(model: ir.Model, passes: Iterable[ir.passes.InPlacePass]) -> ir.Model:
+    copy = model.clone()
+    for p in passes:
+        p(copy)
+    return copy
+
+
+# Precisions -----------------------------------------------------------------------------------
+
+
+def float32(lab: Lab, pruning: list[ir.passes.InPlacePass]) -> Maker:
+    """fp32: the pruned graph, or the graph itself."""
+    return Maker(lambda _: lab.attempt("fp32", Change(base=pruning)))
+
+
+def int8(
+    lab: Lab, pruning: list[ir.passes.InPlacePass], calibrator: str, progress: Progress
+) -> Maker:
+    """Static int8, with all that helps: smoothing, compensated rounding, corrected biases."""
+    kind = lab.target.quantized
+    assert kind is not None
+    start = _applied(lab.base, pruning)
+    config = Int8(Scheme(kind), calibrator=calibrator)
+    learned = learn(start, config, lab.run, lab.batches, real=lab.real, progress=progress)
+    found, notes = layers(start)
+    by_value = {s.value: s.alpha for s in learned.smoothings}
+
+    # TensorRT reads scales that are constants, and those of a looked-up row are not.
+    tables = [QuantizeEmbeddings()] if kind == "uint8" else []
+
+    def make(keep: Collection[str]) -> Attempt:
+        return lab.attempt(
+            "int8", Change(base=[*pruning, *learned.passes(keep), *tables]), kept=keep
+        )
+
+    if learned.constant:
+        notes.append(
+            f"{len(learned.constant)} activations never change on the calibration data: "
+            + ", ".join(learned.constant[:5])
+        )
+    return Maker(
+        make,
+        tuple(found),
+        recipe={
+            "activations": kind,
+            "calibrator": calibrator,
+            "smoothed": len(learned.smoothings),
+            "compensated_weights": len(learned.weights),
+            "corrected_biases": len(learned.corrections),
+            "embeddings": "int8" if tables else "fp32",
+        },
+        notes=tuple(notes),
+        alphas={
+            layer.name: by_value[str(layer.input.name)]
+            for layer in found
+            if str(layer.input.name) in by_value
+        },
+    )
+
+
+def dynamic(lab: Lab, pruning: list[ir.passes.InPlacePass]) -> Maker:
+    """int8 with scales of activations computed at run time: no calibration data."""
+    found, notes = layers(_applied(lab.base, pruning))
+    if not found:
+        raise UsageError("the model has no MatMul with a constant weight to make int8")
+
+    def make(keep: Collection[str]) -> Attempt:
+        quantize = QuantizeDynamic(skip=set(keep))
+        change = Change(base=[*pruning, quantize, QuantizeEmbeddings()])
+        return lab.attempt("int8-dynamic", change, kept=keep)
+
+    recipe = {"activations": "uint8, scaled at run time", "embeddings": "int8"}
+    return Maker(make, tuple(found), recipe, tuple(notes))
+
+
+def halves(
+    lab: Lab, pruning: list[ir.passes.InPlacePass], precision: str, progress: Progress
+) -> Maker:
+    """fp16 or bf16; what overflows on the calibration data stays in float32."""
+    start = _applied(lab.base, pruning)
+    found, _ = layers(start)
+    nodes = {layer.name: str(layer.node.name) for layer in found}
+    progress("probe for overflow")
+    graph = start.clone()
+    run_passes(graph, lowered(lab.target))
+    probed = start.clone()
+    run_passes(probed, lowered(TARGETS["cpu"]))
+    # What a fused kernel holds inside cannot be seen: the CPU's graph is probed, which is nearer
+    # to the base graph, and nodes of both go by the same names.
+    peaks = observe_peaks(probed, lab.run, list(lab.batches()))
+    wide = overflows(probed, peaks, precision)
+    names = {o.node for o in wide}
+    made = {str(v.name) for n in probed.graph if n.name in names for v in n.outputs}
+    names |= {str(n.name) for n in graph.graph if {str(v.name) for v in n.outputs} & made}
+
+    def make(keep: Collection[str]) -> Attempt:
+        kept = {*names, *(nodes[k] for k in keep)}
+        convert = ConvertFloats(precision, keep=kept)
+        return lab.attempt(
+            precision,
+            Change(base=pruning, lowered=[convert]),
+            stand_in=Change(base=pruning, lowered=[convert, EmulateFloats()]),
+            kept=keep,
+        )
+
+    reasons = {
+        layer.name: f"{o.value} reaches {o.max_abs:.3g}, past {o.limit:.3g}"
+        for o in wide
+        for layer in found
+        if o.node in (layer.node.name, layer.add.name if layer.add else None)
+    }
+    notes = tuple(
+        f"{o.op} {o.node!r} stays in float32: {o.value} reaches {o.max_abs:.3g}, "
+        f"and {precision} is held to {o.limit:.3g}"
+        for o in wide
+    )
+    recipe = {"kept_in_float32": sorted(names), "inputs_and_outputs": "fp32"}
+    return Maker(make, tuple(found), recipe, notes, reasons=reasons)

@@ -1,0 +1,173 @@
+"""From a float32 graph to one of another precision, by way of the gate."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import artifact
+from ..artifact import Manifest
+from .common import graph_signature
+from .record import recorded
+from .timing import default_shapes, time_against, time_sessions
+from .trial import open_staged
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from ..exporter import Reference
+    from ..optimizers import Step
+    from ..runtime import Session
+    from .lab import Found
+    from .road import Given, Order
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base graph, and what the passes did that led to it."""
+
+    model: ir.Model
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Pressed:
+    """What is about to be published.
+
+    Attributes:
+        manifest: Of it.
+        session: It, on the CPU; None where that lacks a kernel.
+        steps: What each pass did.
+        found: Of a change of precision: the search; None where none was asked for.
+        float32: Of a change of precision: the session of the graph before it.
+        worst: The examples that drift most, and `drifts` of all of them.
+    """
+
+    manifest: Manifest
+    session: Session | None
+    steps: Sequence[Step]
+    found: Found | None = None
+    float32: Session | None = None
+    worst: Sequence[dict[str, Any]] = ()
+
+    def measure(self, order: Order, reference: Reference) -> dict[str, Any]:
+        """What measured.json holds: nothing of it is in the manifest, which has no clock."""
+        measured: dict[str, Any] = {
+            "passes": [{"name": s.name, "ms": round(s.seconds * 1e3, 1)} for s in self.steps]
+        }
+        if self.found is not None and self.found.times:
+            measured["candidates"] = self.found.times
+        if order.measure and self.session is not None and order.target == "cpu":
+            order.progress("measure")
+            shapes = default_shapes(self.session, reference)
+            beside = {"fp32": self.float32} if self.float32 else {}
+            measured |= time_against(self.session, reference, shapes, beside=beside)
+        return measured
+
+    def report(self, before: dict[str, int], measured: dict[str, Any]) -> str:
+        """report.html."""
+        from .report import report
+
+        drift = self.found.chosen.drift if self.found else None
+        manifest = self.manifest
+        if self.found is not None and manifest.precision is not None:
+            times = {row["name"]: row["ms"] for row in self.found.times}
+            tried = manifest.precision["candidates"]
+            timed = [{**row, "ms": times.get(row["name"])} for row in tried]
+            manifest = replace(manifest, precision={**manifest.precision, "candidates": timed})
+        return report(
+            manifest,
+            measured=measured,
+            examples=self.worst,
+            drifts=drift.examples if drift else (),
+            before_ops=before,
+            after_ops=self.manifest.ops,
+        )
+
+
+@contextlib.contextmanager
+def lab_folder(beside: Path) -> Iterator[Path]:
+    """A directory for candidates, on the disk that has room for the artifact."""
+    with tempfile.TemporaryDirectory(prefix=f"{beside.name}.", dir=beside.parent) as folder:
+        yield Path(folder)
+
+
+def change_precision(
+    order: Order,
+    given: Given,
+    base: Base,
+    float32: Pressed,
+    reference: Reference,
+    folder: Path,
+    path: Path,
+) -> Pressed:
+    """Search for the precision, and write what was found in the place of the float32 graph.
+
+    Args:
+        order: What the user asked for.
+        given: The source.
+        base: The base graph.
+        float32: What would be published without a change.
+        reference: What it was held against, for feeds to time with.
+        folder: Where candidates may lie.
+        path: The directory that will be published.
+
+    Raises:
+        GateError: Nothing meets the budget, or what does is not faster.
+        UsageError: There is no calibration data for the task, or nothing to change.
+    """
+    from ..optimizers import count_ops
+    from ..optimizers.observers import from_environment
+    from .data import prepare
+    from .drift import worst_examples
+    from .lab import Lab
+    from .precision import precise
+
+    source, wish, target = given.source, order.wish, order.target or "cpu"
+    order.progress("read the examples")
+    sets = prepare(
+        source.task,
+        graph_signature(base.model)[0],
+        calibration=wish.calibration,
+        evaluation=wish.evaluation,
+    )
+    for note in sets.notes:
+        order.progress(note)
+    lab = Lab(
+        base.model, target, sets, float32.manifest, source.files, folder,
+        budget=wish.max_drift, first=len(base.steps), observers=from_environment(),
+    )  # fmt: skip
+    timed = order.measure and target == "cpu"
+    shapes = default_shapes(lab.float32.session, reference) if timed else []
+
+    def clock(sessions: dict[str, Session]) -> list[dict[str, Any]]:
+        return time_sessions(sessions, reference, shapes)
+
+    found = precise(
+        lab, wish, allow_drift=order.allow_drift, spec=order.spec,
+        clock=clock if timed else None, progress=order.progress,
+    )  # fmt: skip
+    for name in (artifact.MODEL, artifact.WEIGHTS):
+        (path / name).unlink(missing_ok=True)  # not written over: a session may have it mapped
+    model, drift = found.chosen.model, lab.judge(found.chosen)
+    artifact.save_model(model, path)
+    session, why_not = open_staged(path, order, given.before)
+    steps = [*base.steps, *found.chosen.steps]
+    manifest = float32.manifest
+    notes = manifest.source["notes"]
+    if session is None:
+        notes = [*notes, f"not run as it is, for the CPU cannot: {why_not}"]
+    manifest = replace(
+        manifest,
+        source={**manifest.source, "notes": notes},
+        target={**manifest.target, "precision": found.precision},
+        ops=count_ops(model),
+        passes=[recorded(s) for s in steps],
+        precision=found.record,
+    )
+    worst = worst_examples(sets.evaluation, drift)
+    return Pressed(manifest, session, steps, found, lab.float32.session, worst)

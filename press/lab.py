@@ -1,0 +1,196 @@
+"""Where candidates are tried: a base graph, what changes it, and how far that drifts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import artifact
+from ..artifact import Manifest
+from ..optimizers import TARGETS
+from ..optimizers.pipeline import NO_CHANGE, Change, lowered, run_passes
+from .data import Feeds, Sets, feeds_of, real_tokens
+from .drift import Drift, evaluator_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from ..optimizers import Step
+    from ..optimizers.pipeline import Observer
+    from ..runtime import Session
+
+
+@dataclass
+class Attempt:
+    """One candidate.
+
+    Attributes:
+        name: What it is called in tables.
+        model: The graph for the target.
+        steps: What the passes after the base graph did.
+        session: It, on the CPU; of another target's graph the same numbers in the CPU's form.
+        path: Where that session's files lie.
+        search: Drift on what choices are made on; None until it was asked for.
+        drift: Drift on what the gate judges on; None until it was asked for.
+        kept: Names of the layers that stay in float.
+    """
+
+    name: str
+    model: ir.Model
+    steps: list[Step]
+    session: Session
+    path: Path
+    search: Drift | None = None
+    drift: Drift | None = None
+    kept: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Of the graph and its weights."""
+        return sum(f.stat().st_size for f in self.path.iterdir() if f.name.startswith("model."))
+
+
+class Lab:
+    """Tries candidates of one model for one target.
+
+    Args:
+        base: The base graph, in float32; it is left as it is.
+        target: A name of `TARGETS`.
+        sets: The examples of each use.
+        manifest: Of the float32 artifact: the task and its settings.
+        files: The task's files (tokenizer), by name.
+        folder: A directory of its own.
+        budget: For the mean drift; None for the task's default.
+        observers: Watch the passes of the candidates that are built for good.
+    """
+
+    def __init__(
+        self,
+        base: ir.Model,
+        target: str,
+        sets: Sets,
+        manifest: Manifest,
+        files: Mapping[str, bytes],
+        folder: Path,
+        *,
+        budget: float | None = None,
+        first: int = 0,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self.base, self.target, self.sets = base, TARGETS[target], sets
+        self.manifest, self.files, self.folder = manifest, files, folder
+        self.budget, self.first, self.observers = budget, first, tuple(observers)
+        self._count = 0
+        self.float32 = self.attempt("fp32", watched=False, stand_in=NO_CHANGE)
+        self.float32.session.manifest = manifest
+        for name, content in files.items():
+            (self.float32.path / name).write_bytes(content)
+        self._search = evaluator_of(self.float32.session, sets.search)
+        self._judge = evaluator_of(self.float32.session, sets.evaluation)
+        self._want_search = self._search.answers(self.float32.session)
+        self._want = self._judge.answers(self.float32.session)
+        self._feeds = feeds_of(self.float32.session, sets.calibration)
+
+    # What passes are handed ---------------------------------------------------------------------
+
+    def batches(self) -> Iterable[Feeds]:
+        """The calibration data."""
+        return iter(self._feeds)
+
+    @staticmethod
+    def real(feeds: Mapping[str, Any]) -> Any:
+        """Which tokens of a batch are no padding."""
+        return real_tokens(dict(feeds))
+
+    def run(self, model: ir.Model, feeds: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Run a graph as it is, on the CPU."""
+        session, path = self._open(model, optimize=False)
+        try:
+            for given in feeds:
+                yield session.run(dict(given))
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    # Candidates ---------------------------------------------------------------------------------
+
+    def attempt(
+        self,
+        name: str,
+        change: Change = NO_CHANGE,
+        *,
+        stand_in: Change | None = None,
+        kept: Iterable[str] = (),
+        watched: bool = True,
+    ) -> Attempt:
+        """Build a candidate and open it on the CPU.
+
+        Args:
+            name: For tables.
+            change: The passes that make it.
+            stand_in: Those that make its numbers on the CPU, where the target is another one.
+            kept: Layers that stay in float, for the record.
+            watched: Whether the observers see it.
+
+        Raises:
+            ArtifactError, ProviderError: ONNX Runtime does not open it.
+        """
+        model = self.base.clone()
+        observers = self.observers if watched else ()
+        steps = run_passes(
+            model, lowered(self.target, change), observers=observers, first=self.first
+        )
+        shown = model
+        if self.target.name != "cpu":
+            shown = self.base.clone()
+            run_passes(shown, lowered(TARGETS["cpu"], stand_in or change))
+        session, path = self._open(shown, optimize=None)
+        return Attempt(name, model, steps, session, path, kept=tuple(kept))
+
+    def search(self, attempt: Attempt) -> Drift:
+        """Its drift on what choices are made on."""
+        if attempt.search is None:
+            attempt.search = self._search.drift(self._want_search, attempt.session, self.budget)
+        return attempt.search
+
+    def judge(self, attempt: Attempt) -> Drift:
+        """Its drift on what the gate judges on."""
+        if attempt.drift is None:
+            attempt.drift = self._judge.drift(self._want, attempt.session, self.budget)
+        return attempt.drift
+
+    def drop(self, attempt: Attempt) -> None:
+        """Remove the files of a candidate that nobody will ask for again."""
+        shutil.rmtree(attempt.path, ignore_errors=True)
+
+    def _open(self, model: ir.Model, *, optimize: bool | None) -> tuple[Session, Path]:
+        from ..runtime import Session
+
+        self._count += 1
+        path = self.folder / str(self._count)
+        path.mkdir()
+        artifact.save_model(model.clone(), path)
+        disabled = TARGETS["cpu"].disabled_optimizers
+        return Session(path, optimize=optimize, disabled_optimizers=disabled), path
+
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search for a precision ended with.
+
+    Attributes:
+        chosen: The candidate to publish.
+        precision: What it is: fp32, int8, int8-dynamic, fp16 or bf16.
+        record: `Manifest.precision`.
+        times: Milliseconds of each candidate by shape; they are not for the manifest.
+    """
+
+    chosen: Attempt
+    precision: str
+    record: dict[str, Any]
+    times: list[dict[str, Any]] = field(default_factory=list)

@@ -1,0 +1,332 @@
+"""The gate: candidates of a precision, held to a budget, and kept only where they are faster.
+
+A candidate past the budget loses layers to float, those first that drift most by themselves, until
+it meets the budget with the fewest. What no layer can mend is refused, with its numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import geometric_mean
+from typing import TYPE_CHECKING, Any
+
+from ..errors import GateError, UsageError
+from . import candidates
+from .candidates import Maker
+from .evaluator import plain
+from .lab import Attempt, Found, Lab
+from .wish import Pruning, Wish
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from ..runtime import Session
+    from .drift import Drift
+
+Progress = Callable[[str], None]
+Clock = Callable[[dict[str, "Session"]], list[dict[str, Any]]]
+"""Times sessions against each other: rows of sizes and `ms`, a median for each name."""
+
+SINGLY = 96  # layers, above which sensitivity is measured by kind: each takes a session
+
+
+@dataclass
+class Row:
+    """One line of the table of candidates."""
+
+    name: str
+    attempt: Attempt | None
+    maker: Maker | None = None
+    sensitivity: dict[str, float] = field(default_factory=dict)
+    why: str = ""
+    ms: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is within budget."""
+        drift = self.attempt.drift if self.attempt else None
+        return drift is not None and drift.passed
+
+
+def precise(
+    lab: Lab, wish: Wish, *, allow_drift: bool, spec: str, clock: Clock | None, progress: Progress
+) -> Found:
+    """Find the graph of the precision that was asked for.
+
+    Args:
+        lab: Where candidates are tried.
+        wish: What was asked for.
+        allow_drift: Publish past the budget, too.
+        spec: The source, for errors.
+        clock: Times sessions; None where nothing is to be timed, or cannot be here.
+        progress: Told each step as it begins.
+
+    Raises:
+        GateError: Nothing meets the budget, or what does is not faster than float32.
+        UsageError: The target has no such precision, or the model nothing to change.
+    """
+    names: tuple[str, ...] = (wish.precision,)
+    if wish.precision == "auto":
+        if clock is None:
+            raise UsageError(
+                "auto keeps what is measured to be fastest, and nothing is measured here",
+                hint="name a precision; for another target than cpu it is not measured yet",
+            )
+        names = lab.target.precisions
+    pruning = candidates.prune(lab, wish.pruning, progress) if wish.pruning else []
+    rows = [Row("fp32", lab.float32)]
+    lab.judge(lab.float32)
+    for name in names:
+        if name == "fp32" and not pruning:
+            continue
+        row = Row(f"{name} pruned" if pruning else name, None)
+        rows.append(row)
+        try:
+            _try(row, name, lab, wish, pruning, progress)
+        except (GateError, UsageError) as e:
+            if wish.precision != "auto":
+                raise
+            row.why = e.what
+    single = rows[-1] if wish.precision != "auto" else None
+    if single is not None and not single.passed and not allow_drift:
+        _refuse(single, lab, spec)
+    if clock is not None:
+        _time(rows, clock, progress, only=single)
+    chosen = single or min((r for r in rows if r.passed), key=_speed)
+    if single is not None and single.ms:
+        gain = _speed(rows[0]) / _speed(single)
+        if gain <= 1 and not allow_drift:
+            raise GateError(
+                f"{single.name} is not faster than fp32 here: {gain:.2f} times its speed, "
+                f"over {', '.join(single.ms)}",
+                where=spec,
+                hint="nothing was published; --no-measure publishes without asking for speed",
+            )
+    return _found(chosen, rows, lab, wish, allow_drift)
+
+
+def _try(
+    row: Row,
+    name: str,
+    lab: Lab,
+    wish: Wish,
+    pruning: list[ir.passes.InPlacePass],
+    progress: Progress,
+) -> None:
+    match name:
+        case "fp32":
+            row.maker = candidates.float32(lab, pruning)
+        case "int8":
+            row.maker = candidates.int8(lab, pruning, wish.calibrator, progress)
+        case "int8-dynamic":
+            row.maker = candidates.dynamic(lab, pruning)
+        case _:
+            row.maker = candidates.halves(lab, pruning, name, progress)
+    progress(f"try {row.name}")
+    row.attempt = row.maker.make(())
+    drift = lab.judge(row.attempt)
+    progress(f"  {drift.metric}: mean {drift.mean:.2g}, worst {drift.worst:.2g}")
+    if not row.maker.layers:
+        return
+    if name == "int8" or not drift.passed:
+        row.sensitivity = _sensitivity(lab, row.maker, progress)
+    if not drift.passed:
+        row.attempt = _put_back(lab, row, progress) or row.attempt
+
+
+# The search -----------------------------------------------------------------------------------
+
+
+def _sensitivity(lab: Lab, maker: Maker, progress: Progress) -> dict[str, float]:
+    """The drift of each layer by itself, all others in float, on what choices are made on."""
+    names = [layer.name for layer in maker.layers]
+    groups = [[name] for name in names]
+    if len(names) > SINGLY:
+        kinds: dict[str, list[str]] = {}
+        for layer in maker.layers:
+            kinds.setdefault(layer.kind, []).append(layer.name)
+        groups = list(kinds.values())
+    found: dict[str, float] = {}
+    for i, group in enumerate(groups):
+        if not i:
+            progress("drift of each layer by itself")
+        progress(f"  {i + 1} of {len(groups)}")
+        alone = maker.make([name for name in names if name not in group])
+        drift = lab.search(alone)
+        found |= dict.fromkeys(group, drift.mean / len(group))
+        lab.drop(alone)
+    return found
+
+
+def _put_back(lab: Lab, row: Row, progress: Progress) -> Attempt | None:
+    """The candidate with the fewest layers in float that meets the budget; None where none does."""
+    assert row.maker is not None
+    maker, first = row.maker, row.attempt
+    order = sorted(row.sensitivity, key=lambda n: -_rank(row.sensitivity[n]))
+    tried: dict[int, Attempt] = {0: first} if first else {}
+
+    def passes(count: int) -> bool:
+        if count not in tried:
+            progress(f"put {count} of {len(order)} layers back to float")
+            tried[count] = maker.make(order[:count])
+        drift = lab.judge(tried[count])
+        progress(f"  {drift.metric}: mean {drift.mean:.2g}, worst {drift.worst:.2g}")
+        return drift.passed
+
+    low, high = 0, 1  # low fails; high is tried next
+    while high < len(order) and not passes(high):
+        low, high = high, high * 2
+    if high >= len(order):
+        high = len(order) - 1  # all of them back would be float32 again
+        if high <= low or not passes(high):
+            _closest(row, tried)
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if passes(middle) else (middle, high)
+    return tried[high]
+
+
+def _rank(drift: float) -> float:
+    return math.inf if math.isnan(drift) else drift
+
+
+def _closest(row: Row, tried: dict[int, Attempt]) -> None:
+    def mean(a: Attempt) -> float:
+        return _rank(a.drift.mean) if a.drift else math.inf
+
+    count, best = min(tried.items(), key=lambda item: mean(item[1]))
+    if count and best.drift:
+        row.why = (
+            f"closest: {count} layers in float, mean {best.drift.mean:.3g}, "
+            f"worst {best.drift.worst:.3g}"
+        )
+
+
+def _refuse(row: Row, lab: Lab, spec: str) -> None:
+    assert row.attempt is not None
+    drift = row.attempt.drift
+    assert drift is not None
+    lines = [f"{row.name} is past the budget: {drift.why}"]
+    if row.why:
+        lines.append(row.why)
+    worst = sorted(row.sensitivity.items(), key=lambda item: -_rank(item[1]))[:3]
+    lines += [f"    {name}: {value:.3g} by itself" for name, value in worst]
+    raise GateError(
+        "\n".join(lines),
+        where=spec,
+        hint="nothing was published; a larger --max-drift, more --calibration data, "
+        "or --allow-drift",
+    )
+
+
+# Speed ----------------------------------------------------------------------------------------
+
+
+def _time(rows: Sequence[Row], clock: Clock, progress: Progress, only: Row | None) -> None:
+    wanted = [r for r in rows if r.attempt and (r.passed or r is only)]
+    if len(wanted) < 2:
+        return
+    progress(f"time {', '.join(r.name for r in wanted)}")
+    for line in clock({r.name: r.attempt.session for r in wanted if r.attempt}):
+        sizes = "x".join(str(v) for k, v in line.items() if k not in ("ms", "speedup") and v)
+        for row in wanted:
+            row.ms[sizes or "fixed"] = line["ms"][row.name]
+
+
+def _speed(row: Row) -> float:
+    """The mean time over the shapes, all of equal weight."""
+    return geometric_mean(row.ms.values()) if row.ms else math.inf
+
+
+# The record -----------------------------------------------------------------------------------
+
+
+def _found(chosen: Row, rows: Sequence[Row], lab: Lab, wish: Wish, allow_drift: bool) -> Found:
+    attempt = chosen.attempt
+    assert attempt is not None
+    drift = lab.judge(attempt)
+    precision = chosen.name.removesuffix(" pruned")
+    notes = [*lab.sets.notes, *(chosen.maker.notes if chosen.maker else ())]
+    record = {
+        "asked": wish.precision,
+        "precision": precision,
+        "recipe": chosen.maker.recipe if chosen.maker else {},
+        "calibration": lab.sets.calibration.summary(),
+        "search": lab.sets.search.summary(),
+        "given": {
+            "calibration": _path(wish.calibration),
+            "eval": _path(wish.evaluation),
+        },
+        "eval": lab.sets.evaluation.summary(),
+        "drift": {**drift.summary(), "allowed": allow_drift and not drift.passed},
+        "layers": _layers(chosen, precision, drift),
+        "candidates": [_candidate(row, row is chosen) for row in rows],
+        "pruned": _pruned(wish.pruning),
+        "notes": notes,
+    }
+    times = [{"name": row.name, "ms": row.ms} for row in rows if row.ms]
+    return Found(attempt, precision, record, times)
+
+
+def _layers(row: Row, precision: str, drift: Drift) -> list[dict[str, Any]]:
+    maker, attempt = row.maker, row.attempt
+    if maker is None or attempt is None:
+        return []
+    kept = set(attempt.kept)
+
+    def reason(name: str) -> str:
+        if name in maker.reasons:
+            return maker.reasons[name]
+        if name not in kept:
+            return ""
+        return (
+            f"it drifts {row.sensitivity[name]:.3g} by itself: {len(kept)} layers are in float "
+            f"for a budget of {drift.budget:g}"
+        )
+
+    return [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "precision": "fp32" if reason(layer.name) else precision,
+            "sensitivity": plain(row.sensitivity[layer.name])
+            if layer.name in row.sensitivity
+            else None,
+            "alpha": maker.alphas.get(layer.name),
+            "reason": reason(layer.name),
+        }
+        for layer in maker.layers
+    ]
+
+
+def _candidate(row: Row, chosen: bool) -> dict[str, Any]:
+    drift = row.attempt.drift if row.attempt else None
+    return {
+        "name": row.name,
+        "drift": None if drift is None else plain(drift.mean),
+        "worst": None if drift is None else plain(drift.worst),
+        "passed": row.passed,
+        "kept": chosen,
+        "bytes": row.attempt.bytes if row.attempt else None,
+        "float_layers": len(row.attempt.kept) if row.attempt else None,
+        "why": row.why or (drift.why if drift else ""),
+    }
+
+
+def _path(given: str | os.PathLike[str] | None) -> str | None:
+    return None if given is None else os.fspath(given)
+
+
+def _pruned(pruning: Pruning) -> dict[str, Any] | None:
+    if not pruning:
+        return None
+    return {
+        "heads": pruning.heads,
+        "ffn": pruning.ffn,
+        "weights": 0.5 if pruning.two_of_four else pruning.weights,
+        "pattern": "2:4" if pruning.two_of_four else "unstructured" if pruning.weights else "",
+    }

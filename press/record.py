@@ -1,0 +1,129 @@
+"""The manifest of what a road made."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .. import artifact
+from ..artifact import Manifest
+from .common import graph_signature
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from ..exporter import Parity
+    from ..optimizers import Step
+    from ..optimizers.explain import Fusion
+    from ..runtime import Session
+    from .road import Given, Order
+
+
+def manifest_of(
+    order: Order,
+    given: Given,
+    model: ir.Model,
+    session: Session | None,
+    steps: Sequence[Step],
+    fusions: Sequence[Fusion],
+    parity: Parity | None,
+    notes: Sequence[str],
+) -> Manifest:
+    """The manifest of a float32 graph, or of one that came as it is."""
+    from ..optimizers import TARGETS, count_ops
+
+    source, before = given.source, given.before
+    inputs, outputs = (session.inputs, session.outputs) if session else graph_signature(model)
+    runtime: dict[str, Any] = {"onnxruntime": artifact.ORT_RANGE}
+    if order.target and (disabled := TARGETS[order.target].disabled_optimizers):
+        runtime["disabled_optimizers"] = list(disabled)
+    if before is not None and "optimize" in before.runtime:
+        runtime["optimize"] = before.runtime["optimize"]
+    return Manifest(
+        task=source.task,
+        source={
+            "spec": source.spec,
+            "kind": source.kind,
+            "weights_sha256": source.weights_sha256,
+            "notes": [*source.notes, *notes],
+        },
+        target={
+            "provider": order.target or "any",
+            "precision": _recorded_precision(before)
+            or _precision(model)
+            or TARGETS[order.target or "cpu"].precision,
+            "opset": model.opset_imports.get("", 0),
+        },
+        inputs=inputs,
+        outputs=outputs,
+        settings=source.settings,
+        kv=source.kv,
+        ops=count_ops(model),
+        passes=[recorded(s) for s in steps],
+        fusions=[
+            {
+                "kind": f.kind,
+                "fused": f.fused,
+                "lifted": f.lifted,
+                "missed": [{"node": m.node, "reason": m.reason} for m in f.missed],
+            }
+            for f in fusions
+        ],
+        parity=_parity(parity, before),
+        precision=before.precision if before else None,
+        runtime=runtime,
+        tools={**before.tools, **_tools("onnx")} if before else _tools(source.kind),
+    )
+
+
+def _recorded_precision(before: Manifest | None) -> str | None:
+    """What a changed graph was made into: the bytes of its weights do not say."""
+    return None if before is None or before.precision is None else before.precision["precision"]
+
+
+def recorded(step: Step) -> dict[str, Any]:
+    """What one pass did, for the manifest: without its time."""
+    return {
+        "name": step.name,
+        "changed": step.changed,
+        "ops": step.ops,
+        "hits": step.hits,
+        "notes": list(step.notes),
+    }
+
+
+def _parity(parity: Parity | None, before: Manifest | None) -> dict[str, Any] | None:
+    """The check for the manifest; a drift that was allowed once stays allowed."""
+    if parity is None:
+        return None
+    past = (before.parity if before else None) or {}
+    drifts = not parity.passed
+    summary = parity.summary()
+    if past.get("allowed_drift") and not drifts:
+        summary["worst"] = past["worst"]
+    return {**summary, "allowed_drift": drifts or bool(past.get("allowed_drift"))}
+
+
+def _precision(model: ir.Model) -> str | None:
+    """The precision of most bytes of the weights, or None where no weight is of floats."""
+    names = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "DOUBLE": "fp64"}
+    found: Counter[str] = Counter()
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype.name in names:
+            found[names[tensor.dtype.name]] += tensor.nbytes
+    return found.most_common(1)[0][0] if found else None
+
+
+def _tools(kind: str) -> dict[str, str]:
+    packages = ["numpy", "onnx-ir", "onnxscript", "tokenizers"]
+    packages += ["torch"] if kind != "onnx" else []
+    packages += ["transformers"] if importlib.util.find_spec("transformers") else []
+    versions = {p: importlib.metadata.version(p).split("+")[0] for p in packages}
+    import onnxruntime
+
+    own = importlib.metadata.version("onnxpress")
+    return {**versions, "onnxruntime": onnxruntime.__version__, "onnxpress": own}
