@@ -254,18 +254,18 @@ class Staging:
         data = content.encode() if isinstance(content, str) else content
         (self.path / name).write_bytes(data)
 
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Size and sha256 of each file that a manifest lists."""
+        paths = sorted(p for p in self.path.iterdir() if p.name not in UNLISTED)
+        return {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths}
+
     def publish(self, manifest: Manifest) -> Manifest:
         """Hash what is here, write the manifest, and rename the whole to its final name.
 
         Raises:
             OutputError: The place was taken while this was being made.
         """
-        names = sorted(p.name for p in self.path.iterdir() if p.name not in UNLISTED)
-        files = {
-            n: {"bytes": (self.path / n).stat().st_size, "sha256": sha256(self.path / n)}
-            for n in names
-        }
-        manifest = replace(manifest, files=files)
+        manifest = replace(manifest, files=self.files())
         manifest = replace(manifest, sha256=_own_sha256(asdict(manifest)))
         self.write(MANIFEST, manifest.to_json())
         read_manifest(self.path)  # what cannot be read is not published

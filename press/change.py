@@ -68,12 +68,14 @@ class Pressed:
             measured |= time_against(self.session, reference, shapes, beside=beside)
         return measured
 
-    def report(self, before: dict[str, int], measured: dict[str, Any]) -> str:
-        """report.html."""
+    def report(
+        self, before: dict[str, int], measured: dict[str, Any], files: dict[str, dict[str, Any]]
+    ) -> str:
+        """report.html; `before` are the ops of the graph as it came."""
         from .report import report
 
         drift = self.found.chosen.drift if self.found else None
-        manifest = self.manifest
+        manifest = replace(self.manifest, files=files)
         if self.found is not None and manifest.precision is not None:
             times = {row["name"]: row["ms"] for row in self.found.times}
             tried = manifest.precision["candidates"]

@@ -49,8 +49,9 @@ class Attempt:
 
     @property
     def bytes(self) -> int:
-        """Of the graph and its weights."""
-        return sum(f.stat().st_size for f in self.path.iterdir() if f.name.startswith("model."))
+        """Of its weights, in the graph for the target."""
+        tensors = (v.const_value for g in self.model.graphs() for v in g.initializers.values())
+        return sum(t.nbytes for t in tensors if t is not None)
 
 
 class Lab:

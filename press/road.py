@@ -128,7 +128,8 @@ def road(order: Order, take: Callable[[], Given]) -> Manifest:
         if measured:
             staging.write(artifact.MEASURED, json.dumps(measured, indent=2) + "\n")
         if order.target:
-            staging.write(artifact.REPORT, pressed.report(before, measured))
+            report = pressed.report(before, measured, staging.files())
+            staging.write(artifact.REPORT, report)
         if source.task != "tensors" and pressed.session is not None:
             progress("try the task")
             pressed.session.manifest = pressed.manifest

@@ -83,7 +83,7 @@ def precision_of(blocks: int = 6) -> dict[str, Any]:
         },
         "layers": layers,
         "candidates": [
-            candidate("fp32", 0.0, fp32, 90_270_153, why="slower than int8"),
+            candidate("fp32", 0.0, fp32, 90_270_153),
             candidate("int8", 0.00092, {"1x16": 1.2, "8x128": 41.0}, 22_900_000, kept=True),
             candidate("int8-dynamic", 0.0041, {"1x16": 1.6}, 23_100_000, passed=False, why="drift"),
         ],
@@ -222,6 +222,8 @@ def test_a_full_report_says_what_one_decides_by():
     assert "encoder.layer.0.ffn.down fp32 0.0021 channel 7 is at 104x" in layers
     candidates = section(html, "candidates")
     assert "int8-dynamic 0.0041 ✕ not passed 1.6 \u2013 23.1 MB drift" in candidates
+    assert "fp32 0 ✓ passed 2.9 118 90.3 MB not the fastest" in candidates
+    assert "int8 0.00092 ✓ passed 1.2 41 22.9 MB Kept." in candidates
     assert "Asked for: auto" in candidates
     speed = section(html, "speed")
     assert "batch 8, sequence 128 40.8 118 151 2.90\u00d7 3.70\u00d7" in speed
@@ -286,6 +288,9 @@ def test_the_verdict_follows_the_gate_and_the_parity():
     only = {**precision_of(), "precision": "fp32", "drift": None}
     look, said = verdict(full(manifest=manifest_of(only)))
     assert (look, said[:11]) == ("plain", "\u2013 fp32 only")
+    html = press_report(full(manifest=manifest_of({**only, "drift": precision_of()["drift"]})))
+    assert '<section id="drift"' not in html  # from itself it is 0 away
+    assert "Speed beside fp32" not in html
     assert "auto was asked for" in said
 
     parity = {**manifest_of(None).parity, "passed": False, "allowed_drift": True}

@@ -20,7 +20,7 @@ _TEXT = 400  # characters of an example
 def drift(precision: Numbers, drifts: Sequence[float], examples: Sequence[Numbers]) -> Html | None:
     """The drift of the eval set as a histogram, and the worst of its examples."""
     found = precision.get("drift")
-    if not found:
+    if not found or precision["precision"] == "fp32":
         return None
     finite = sorted(v for v in map(as_float, drifts) if math.isfinite(v))
     parts = [element("p", f"How far its answers are from those of fp32: {found['metric']}.")]
@@ -193,7 +193,7 @@ def candidates(precision: Numbers) -> Html | None:
             gate[c["passed"]],
             *(ms(c, s) for s in shapes),
             size(c["bytes"]),
-            " ".join(x for x in ("Kept." if c["kept"] else "", c["why"]) if x) or DASH,
+            _why(c),
         )
         for c in tried
     ]
@@ -208,3 +208,11 @@ def candidates(precision: Numbers) -> Html | None:
     told = f"Asked for: {precision['asked']}."
     told += " The fastest at each size is in bold." if shapes else " None of them was timed."
     return markup([element("p", told), listed])
+
+
+def _why(candidate: Numbers) -> str:
+    """Why it was kept or left."""
+    if candidate["kept"]:
+        return f"Kept. {candidate['why']}".strip()
+    beaten = candidate["passed"] and candidate["ms"]
+    return candidate["why"] or ("not the fastest" if beaten else DASH)

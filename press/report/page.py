@@ -118,6 +118,7 @@ def _verdict(manifest: Manifest, precision: Numbers, count: int) -> tuple[str, s
             f"Mean drift {number(drift['mean'])} of {number(drift['budget'])} allowed, worst "
             f"{number(drift['worst'])} of {number(drift['worst_budget'])} allowed"
             + (f", on {count:,} examples." if count else ".")
+            + (f" {drift['why']}" if drift.get("why") else "")
             + " Its graph differs from its reference before any precision was lowered." * astray
         )
         if drift["passed"] and not astray:
@@ -157,16 +158,16 @@ def _tiles(
     fp32: Numbers = next((c for c in candidates if c["name"] == "fp32"), {})
     files = [f["bytes"] for n, f in manifest.files.items() if n.startswith("model.onnx")]
     own, whole = sum(files) or chosen.get("bytes"), fp32.get("bytes")
-    share = f"{own / whole:.0%} of fp32" if own and whole else "graph and weights"
+    share = f"{own / whole:.0%} of fp32" if own and whole and own != whole else "graph and weights"
     tiles.append(("Size", size(own), share))
 
     ratios: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         for name, ms in row["ms"].items():
-            if name != "onnxpress" and row["ms"].get("onnxpress"):
+            if name not in ("onnxpress", _precision(manifest)) and row["ms"].get("onnxpress"):
                 ratios[name].append(ms / row["ms"]["onnxpress"])
     ours, theirs = chosen.get("ms") or {}, fp32.get("ms") or {}
-    if chosen is not fp32 and "fp32" not in ratios:
+    if "fp32" not in (*ratios, _precision(manifest)):
         ratios["fp32"] = [theirs[s] / ours[s] for s in ours if theirs.get(s) and ours[s]]
     for name, found in sorted(ratios.items()):
         if found:

@@ -94,7 +94,7 @@ def histogram(values: Sequence[float], marks: Sequence[Mark], *, label: str) -> 
     for v in values:
         bins[int((v - low) / span * count)] += 1
     lane, body = 17, 150
-    head = lane * len(marks) + 8
+    head = lane * len(marks) + 18
     floor = head + body
 
     def x(value: float) -> float:

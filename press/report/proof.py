@@ -72,7 +72,9 @@ def graph(before: Mapping[str, int], after: Mapping[str, int], precision: Number
     counts = {op: (before.get(op, 0), after.get(op, 0)) for op in {*before, *after}}
     if not counts:
         return None
-    order = sorted(counts, key=lambda op: (-abs(counts[op][1] - counts[op][0]), op))
+    order = sorted(
+        counts, key=lambda op: (-abs(counts[op][1] - counts[op][0]), -max(counts[op]), op)
+    )
     most = max(max(pair) for pair in counts.values())
     rows = [
         (dotted(op), f"{a:,}", f"{b:,}", _signed(b - a), pair(a, b, most))
@@ -156,7 +158,11 @@ def origin(manifest: Manifest, precision: Numbers) -> Html:
         parts.append(element("ul", (element("li", note) for note in notes), class_="soft"))
     sets = [
         (name, precision[key]["from"], number(precision[key]["examples"]), _sha(precision[key]))
-        for name, key in (("calibration", "calibration"), ("evaluation", "eval"))
+        for name, key in (
+            ("calibration", "calibration"),
+            ("search", "search"),
+            ("evaluation", "eval"),
+        )
         if precision.get(key)
     ]
     if sets:
@@ -166,6 +172,8 @@ def origin(manifest: Manifest, precision: Numbers) -> Html:
     if recipe := precision.get("recipe"):
         named = [(k.replace("_", " "), number(v)) for k, v in sorted(recipe.items())]
         parts += [element("h3", "Recipe"), facts(named)]
+    if told := precision.get("notes"):
+        parts.append(element("ul", (element("li", note) for note in told), class_="soft"))
     files = [(n, size(f["bytes"]), _sha(f)) for n, f in sorted(manifest.files.items())]
     if files:
         listed = table(("file", "size", "sha256"), files, label="Files", numeric=[1])
