@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from .counts import tally
 from .outcome import Miss, describe
 from .pipeline import Step
 from .read import is_scalar, producer, readers, scalar
@@ -90,7 +91,8 @@ class Fusion:
 
     Attributes:
         kind: Attention, LayerNormalization, RMSNormalization, Gelu or RotaryEmbedding.
-        fused: Nodes of the graph that are such a layer, in any of its forms.
+        fused: Nodes of the graph that are such a layer, in any of its forms; what stands in both
+            branches of an If is one (see `counts.tally`).
         lifted: How many of them the passes made; the others came with the graph.
         missed: Layers that stay in parts: the node, the first condition that failed, the value.
     """
@@ -121,10 +123,8 @@ def explain(model: ir.Model, steps: Sequence[Step]) -> list[Fusion]:
             lifted[kind] += step.hits
     misses = [m for step in last.values() for m in step.misses]
     explained = {kind_of(name) for name, step in last.items() if not _declined(step)}
-    fused = dict.fromkeys(_FORMS, 0)
+    fused = tally(model.graph, _kinds)
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        for kind in _kinds(node):
-            fused[kind] += 1
         kind = _anchor(node)
         if kind is not None and kind not in explained:
             misses.append(Miss(kind, describe(node), _why_not(kind, last)))
@@ -133,8 +133,8 @@ def explain(model: ir.Model, steps: Sequence[Step]) -> list[Fusion]:
     rows = []
     for kind in dict.fromkeys([*_FORMS, *(m.kind for m in misses)]):
         missed = tuple(dict.fromkeys(m for m in misses if m.kind == kind))
-        if fused.get(kind, 0) or missed:
-            rows.append(Fusion(kind, fused.get(kind, 0), lifted.get(kind, 0), missed))
+        if fused[kind] or missed:
+            rows.append(Fusion(kind, fused[kind], lifted.get(kind, 0), missed))
     return rows
 
 

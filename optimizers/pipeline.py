@@ -20,6 +20,7 @@ from .clean.freeze_defaults import FreezeDefaults
 from .clean.infer_shapes import InferShapes
 from .clean.inline_functions import InlineFunctions
 from .clean.merge_equal_nodes import MergeEqualNodes
+from .clean.merge_mask_branches import MergeMaskBranches
 from .clean.merge_views import MergeViews
 from .clean.name_sizes import NameSizes
 from .clean.remove_nan_guards import RemoveNanGuards
@@ -52,6 +53,7 @@ from .lower.fuse_embedding import FuseEmbedding
 from .lower.fuse_integer_matmul import FuseIntegerMatmul
 from .lower.fuse_skip_layer_normalization import FuseSkipLayerNormalization
 from .lower.pack_attention import PackAttention
+from .lower.skip_empty_masks import SkipEmptyMasks
 from .lower.soften_attention_mask import SoftenAttentionMask
 from .outcome import Miss, Outcome
 from .target import Target
@@ -116,7 +118,7 @@ def raised(*, with_onnxsim: bool = False) -> list[ir.passes.PassBase]:
 
 def lowered(target: Target, change: Change = NO_CHANGE) -> list[ir.passes.PassBase]:
     """From the base graph to that of one target."""
-    return [*change.base, *lower(target), *change.lowered, *finish()]
+    return [*change.base, *lower(target, change.lowered), *finish()]
 
 
 def clean(*, with_onnxsim: bool = False) -> list[ir.passes.PassBase]:
@@ -126,6 +128,7 @@ def clean(*, with_onnxsim: bool = False) -> list[ir.passes.PassBase]:
         ConvertOpset(),  # what is lifted is younger than most files; functions have opsets too
         InlineFunctions(),  # passes match nodes, not calls of functions
         common.RemoveUnusedNodesPass(),  # dead code reads, and rules count readers
+        MergeMaskBranches(),  # of a graph that was lowered before: what follows reads no branches
         *([SimplifyWithOnnxsim()] if with_onnxsim else []),  # on the graph as others know it
         FoldConstants(),  # exporters leave shape arithmetic; less for all that follow
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),  # one form
@@ -178,7 +181,7 @@ def lift() -> list[ir.passes.PassBase]:
     ]
 
 
-def lower(target: Target) -> list[ir.passes.PassBase]:
+def lower(target: Target, change: Sequence[ir.passes.PassBase] = ()) -> list[ir.passes.PassBase]:
     """Write the form that the kernels of `target` take, and run fastest."""
     rules: list[tuple[str, ir.passes.PassBase]] = [
         ("EmbedLayerNormalization", FuseEmbedding()),  # before Skip, which takes its last sum
@@ -193,6 +196,8 @@ def lower(target: Target) -> list[ir.passes.PassBase]:
         *([] if target.reads_lowest_float else [SoftenAttentionMask()]),
         *([] if target.broadcasts_attention_mask else [ExpandAttentionMask()]),
         *([] if target.broadcasts_rotary_cache else [ExpandRotaryCache()]),
+        *change,  # of types: bodies would stay in float32
+        *([SkipEmptyMasks()] if target.skips_empty_masks else []),  # last: no pass sees branches
     ]
 
 

@@ -26,6 +26,8 @@ class Target:
             without; None where it has no integer kernels for them.
         reads_lowest_float: Whether the Attention kernel tells the lowest float in a mask from
             -inf. Where False, `soften_attention_mask` writes a higher one.
+        skips_empty_masks: Whether Attention is faster without a mask, and an If costs next to
+            nothing. Where True, `skip_empty_masks` writes both forms, and which of them to take.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Target:
     broadcasts_attention_mask: bool = False
     broadcasts_rotary_cache: bool = False
     reads_lowest_float: bool = False
+    skips_empty_masks: bool = False
     disabled_optimizers: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ("fp32",)
     quantized: Literal["uint8", "int8"] | None = None
@@ -62,6 +65,7 @@ TARGETS: dict[str, Target] = {
             disabled_optimizers=("BiasGeluFusion", "SkipLayerNormFusion"),
             precisions=("fp32", "int8", "int8-dynamic", "fp16"),
             quantized="uint8",
+            skips_empty_masks=True,
         ),
         Target(
             "cuda",

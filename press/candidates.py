@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..optimizers import TARGETS
-from ..optimizers.pipeline import Change, lowered, run_passes
+from ..optimizers.outcome import Outcome
+from ..optimizers.pipeline import Change, lowered, pass_name, run_passes
 from ..optimizers.precision.convert_floats import ConvertFloats
 from ..optimizers.precision.emulate_floats import EmulateFloats
+from ..optimizers.precision.float_rules import label
 from ..optimizers.precision.importance import Importance, InputNorms
 from ..optimizers.precision.layers import Layer, layers
 from ..optimizers.precision.learn_int8 import Int8, learn
@@ -24,6 +26,7 @@ from ..optimizers.precision.quantize_embeddings import QuantizeEmbeddings
 from ..optimizers.precision.quantize_static import Scheme
 from ..optimizers.precision.quantized import already_quantized
 from .lab import Attempt, Lab
+from .record import precision_of
 from .wish import Pruning
 
 if TYPE_CHECKING:
@@ -57,19 +60,20 @@ def check(model: ir.Model, target: str, precision: str) -> None:
     """Refuse what cannot be, before anything is computed.
 
     Raises:
-        UsageError: The target has no such precision, or the model is quantized already.
+        UsageError: The target has no such precision, or the model is not in float32 any more.
     """
     has = TARGETS[target].precisions
     if precision not in (*has, "auto"):
         raise UsageError(
-            f"the target {target} has no {precision}: {_WHY_NOT.get((target, precision), '')}",
-            hint=f"--precision {', '.join(p for p in has)} or auto",
+            f"the target {target} has no {precision}: {_WHY_NOT[target, precision]}",
+            hint="--precision " + ", ".join(has),
         )
+    hint = "start from the model in float32; what was rounded once cannot be taken back"
     if node := already_quantized(model):
-        raise UsageError(
-            f"the model is quantized already: it has {node}",
-            hint="start from the model in float; what was rounded once cannot be taken back",
-        )
+        raise UsageError(f"the model is quantized already: it has {node}", hint=hint)
+    own = precision_of(model) or "fp32"
+    if own != "fp32" and precision != "fp32":
+        raise UsageError(f"the model is {own} already", hint=hint)
 
 
 _WHY_NOT = {
@@ -86,7 +90,11 @@ _WHY_NOT = {
 
 
 def prune(lab: Lab, wish: Pruning, progress: Progress) -> list[ir.passes.InPlacePass]:
-    """The passes that prune the lab's base graph, by importance on the calibration data."""
+    """The passes that prune the lab's base graph, by importance on the calibration data.
+
+    Raises:
+        UsageError: One of them has nothing to remove.
+    """
     passes: list[ir.passes.InPlacePass] = []
     if wish.heads or wish.ffn:
         progress("importance of heads and feed-forward columns")
@@ -104,6 +112,15 @@ def prune(lab: Lab, wish: Pruning, progress: Progress) -> list[ir.passes.InPlace
             passes.append(MaskWeights(pattern="2:4", norms=norms.norms()))
         else:
             passes.append(MaskWeights(wish.weights, norms=norms.norms()))
+    pruned = lab.base.clone()
+    for p in passes:
+        done = p(pruned)
+        if isinstance(done, Outcome) and not done.hits:
+            why = done.notes or ("the model has nothing of the kind",)
+            raise UsageError(
+                "\n".join([f"{pass_name(p)} finds nothing to remove", *why[:5]]),
+                hint="another --prune, or none",
+            )
     return passes
 
 
@@ -130,6 +147,21 @@ def _applied(model: ir.Model, passes: Iterable[ir.passes.InPlacePass]) -> ir.Mod
 # Precisions -----------------------------------------------------------------------------------
 
 
+def _layers(model: ir.Model) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
+    """The layers that int8 is made of, and why others are none.
+
+    Raises:
+        UsageError: There are none.
+    """
+    found, notes = layers(model)
+    if not found:
+        raise UsageError(
+            "\n".join(["the model has no MatMul that int8 would make faster", *notes[:5]]),
+            hint="it takes those with a constant weight; fp16 and bf16 take other ops too",
+        )
+    return tuple(found), tuple(notes)
+
+
 def float32(lab: Lab, pruning: list[ir.passes.InPlacePass]) -> Maker:
     """fp32: the pruned graph, or the graph itself."""
     return Maker(lambda _: lab.attempt("fp32", Change(base=pruning)))
@@ -142,9 +174,9 @@ def int8(
     kind = lab.target.quantized
     assert kind is not None
     start = _applied(lab.base, pruning)
+    found, notes = _layers(start)
     config = Int8(Scheme(kind), calibrator=calibrator)
     learned = learn(start, config, lab.run, lab.batches, real=lab.real, progress=progress)
-    found, notes = layers(start)
     by_value = {s.value: s.alpha for s in learned.smoothings}
 
     # TensorRT reads scales that are constants, and those of a looked-up row are not.
@@ -156,13 +188,11 @@ def int8(
         )
 
     if learned.constant:
-        notes.append(
-            f"{len(learned.constant)} activations never change on the calibration data: "
-            + ", ".join(learned.constant[:5])
-        )
+        never = f"{len(learned.constant)} activations never change on the calibration data: "
+        notes = (*notes, never + ", ".join(learned.constant[:5]))
     return Maker(
         make,
-        tuple(found),
+        found,
         recipe={
             "activations": kind,
             "calibrator": calibrator,
@@ -171,7 +201,7 @@ def int8(
             "corrected_biases": len(learned.corrections),
             "embeddings": "int8" if tables else "fp32",
         },
-        notes=tuple(notes),
+        notes=notes,
         alphas={
             layer.name: by_value[str(layer.input.name)]
             for layer in found
@@ -182,9 +212,7 @@ def int8(
 
 def dynamic(lab: Lab, pruning: list[ir.passes.InPlacePass]) -> Maker:
     """int8 with scales of activations computed at run time: no calibration data."""
-    found, notes = layers(_applied(lab.base, pruning))
-    if not found:
-        raise UsageError("the model has no MatMul with a constant weight to make int8")
+    found, notes = _layers(_applied(lab.base, pruning))
 
     def make(keep: Collection[str]) -> Attempt:
         quantize = QuantizeDynamic(skip=set(keep))
@@ -192,7 +220,7 @@ def dynamic(lab: Lab, pruning: list[ir.passes.InPlacePass]) -> Maker:
         return lab.attempt("int8-dynamic", change, kept=keep)
 
     recipe = {"activations": "uint8, scaled at run time", "embeddings": "int8"}
-    return Maker(make, tuple(found), recipe, tuple(notes))
+    return Maker(make, found, recipe, notes)
 
 
 def halves(
@@ -201,27 +229,25 @@ def halves(
     """fp16 or bf16; what overflows on the calibration data stays in float32."""
     start = _applied(lab.base, pruning)
     found, _ = layers(start)
-    nodes = {layer.name: str(layer.node.name) for layer in found}
+    nodes = {layer.name: label(layer.node) for layer in found}
     progress("probe for overflow")
-    graph = start.clone()
-    run_passes(graph, lowered(lab.target))
-    probed = start.clone()
-    run_passes(probed, lowered(TARGETS["cpu"]))
     # What a fused kernel holds inside cannot be seen: the CPU's graph is probed, which is nearer
-    # to the base graph, and nodes of both go by the same names.
+    # to the base graph, and without branches, which are written after types.
+    graph, probed = start.clone(), start.clone()
+    run_passes(graph, lowered(replace(lab.target, skips_empty_masks=False)))
+    run_passes(probed, lowered(replace(TARGETS["cpu"], skips_empty_masks=False)))
     peaks = observe_peaks(probed, lab.run, list(lab.batches()))
     wide = overflows(probed, peaks, precision)
     names = {o.node for o in wide}
-    made = {str(v.name) for n in probed.graph if n.name in names for v in n.outputs}
-    names |= {str(n.name) for n in graph.graph if {str(v.name) for v in n.outputs} & made}
 
     def make(keep: Collection[str]) -> Attempt:
-        kept = {*names, *(nodes[k] for k in keep)}
-        convert = ConvertFloats(precision, keep=kept)
+        kept = names | {nodes[k] for k in keep}
+        convert = ConvertFloats(precision, keep=_within(graph, kept, probed))
+        shown = [ConvertFloats(precision, keep=kept), EmulateFloats()]
         return lab.attempt(
             precision,
             Change(base=pruning, lowered=[convert]),
-            stand_in=Change(base=pruning, lowered=[convert, EmulateFloats()]),
+            stand_in=Change(base=pruning, lowered=shown),
             kept=keep,
         )
 
@@ -229,12 +255,32 @@ def halves(
         layer.name: f"{o.value} reaches {o.max_abs:.3g}, past {o.limit:.3g}"
         for o in wide
         for layer in found
-        if o.node in (layer.node.name, layer.add.name if layer.add else None)
+        if o.node in (label(layer.node), label(layer.add) if layer.add else None)
     }
-    notes = tuple(
-        f"{o.op} {o.node!r} stays in float32: {o.value} reaches {o.max_abs:.3g}, "
+    notes = {
+        o.node: f"{o.op} {o.node!r} stays in float32: {o.value} reaches {o.max_abs:.3g}, "
         f"and {precision} is held to {o.limit:.3g}"
         for o in wide
-    )
-    recipe = {"kept_in_float32": sorted(names), "inputs_and_outputs": "fp32"}
-    return Maker(make, tuple(found), recipe, notes, reasons=reasons)
+    }
+    recipe = {
+        "kept_in_float32": sorted(_within(graph, names, probed)),
+        "inputs_and_outputs": "fp32",
+    }
+    return Maker(make, tuple(found), recipe, tuple(notes.values()), reasons=reasons)
+
+
+def _within(graph: ir.Model, names: Collection[str], probed: ir.Model) -> set[str]:
+    """The nodes of `graph` that do what these nodes of `probed` do, by themselves or fused."""
+    makers = {str(v.name): label(n) for n in graph.graph for v in n.outputs}
+    todo = [n for n in probed.graph if label(n) in names]
+    found: set[str] = set()
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        made = {makers[str(v.name)] for v in node.outputs if v.name in makers}
+        found |= made
+        if not made:  # its outputs are inside of the node that makes what is made of them
+            after = {use.node for v in node.outputs for use in v.uses()} - seen
+            seen |= after
+            todo += after
+    return found

@@ -76,8 +76,8 @@ class Pressed:
 
         drift = self.found.chosen.drift if self.found else None
         manifest = replace(self.manifest, files=files)
-        if self.found is not None and manifest.precision is not None:
-            times = {row["name"]: row["ms"] for row in self.found.times}
+        if manifest.precision is not None:  # of this change, or of one that was made before
+            times = {row["name"]: row["ms"] for row in self.found.times} if self.found else {}
             tried = manifest.precision["candidates"]
             timed = [{**row, "ms": times.get(row["name"])} for row in tried]
             manifest = replace(manifest, precision={**manifest.precision, "candidates": timed})

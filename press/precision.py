@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
-from ..errors import GateError, UsageError
+from ..errors import GateError, OnnxpressError
 from . import candidates
 from .candidates import Maker
 from .evaluator import plain
@@ -61,20 +61,15 @@ def precise(
         wish: What was asked for.
         allow_drift: Publish past the budget, too.
         spec: The source, for errors.
-        clock: Times sessions; None where nothing is to be timed, or cannot be here.
+        clock: Times sessions; None where nothing is to be timed, or cannot be here; auto needs one.
         progress: Told each step as it begins.
 
     Raises:
         GateError: Nothing meets the budget, or what does is not faster than float32.
-        UsageError: The target has no such precision, or the model nothing to change.
+        UsageError: The model has nothing to change.
     """
     names: tuple[str, ...] = (wish.precision,)
     if wish.precision == "auto":
-        if clock is None:
-            raise UsageError(
-                "auto keeps what is measured to be fastest, and nothing is measured here",
-                hint="name a precision; for another target than cpu it is not measured yet",
-            )
         names = lab.target.precisions
     pruning = candidates.prune(lab, wish.pruning, progress) if wish.pruning else []
     rows = [Row("fp32", lab.float32)]
@@ -86,7 +81,7 @@ def precise(
         rows.append(row)
         try:
             _try(row, name, lab, wish, pruning, progress)
-        except (GateError, UsageError) as e:
+        except OnnxpressError as e:
             if wish.precision != "auto":
                 raise
             row.why = e.what
@@ -96,6 +91,8 @@ def precise(
     if clock is not None:
         _time(rows, clock, progress, only=single)
     chosen = single or min((r for r in rows if r.passed), key=_speed)
+    if pruning and chosen is rows[0]:
+        _refuse_unpruned(rows, spec)
     if single is not None and single.ms:
         gain = _speed(rows[0]) / _speed(single)
         if gain <= 1 and not allow_drift:
@@ -220,6 +217,16 @@ def _refuse(row: Row, lab: Lab, spec: str) -> None:
         where=spec,
         hint="nothing was published; a larger --max-drift, more --calibration data, "
         "or --allow-drift",
+    )
+
+
+def _refuse_unpruned(rows: Sequence[Row], spec: str) -> None:
+    lines = ["of what is pruned, nothing passes and is faster than fp32"]
+    for row in rows[1:]:
+        drift = row.attempt.drift if row.attempt else None
+        lines.append(f"    {row.name}: {row.why or (drift and drift.why) or 'not faster'}")
+    raise GateError(
+        "\n".join(lines), where=spec, hint="nothing was published; auto without --prune has more"
     )
 
 

@@ -53,7 +53,7 @@ def manifest_of(
         target={
             "provider": order.target or "any",
             "precision": _recorded_precision(before)
-            or _precision(model)
+            or precision_of(model)
             or TARGETS[order.target or "cpu"].precision,
             "opset": model.opset_imports.get("", 0),
         },
@@ -107,7 +107,7 @@ def _parity(parity: Parity | None, before: Manifest | None) -> dict[str, Any] | 
     return {**summary, "allowed_drift": drifts or bool(past.get("allowed_drift"))}
 
 
-def _precision(model: ir.Model) -> str | None:
+def precision_of(model: ir.Model) -> str | None:
     """The precision of most bytes of the weights, or None where no weight is of floats."""
     names = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "DOUBLE": "fp64"}
     found: Counter[str] = Counter()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import InputError, UsageError
 
 PRECISIONS = ("fp32", "int8", "int8-dynamic", "fp16", "bf16", "auto")
+CALIBRATORS = ("minmax", "percentile", "entropy", "mse")
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,15 @@ def wish_of(
 
     Raises:
         UsageError: There is no such precision, or an argument has no use without one.
+        InputError: A file is not there: now, and not after minutes of work.
     """
     if precision not in PRECISIONS:
         raise UsageError(
             f"there is no precision {precision!r}", hint="one of " + ", ".join(PRECISIONS)
+        )
+    if calibrator not in CALIBRATORS:
+        raise UsageError(
+            f"there is no calibrator {calibrator!r}", hint="one of " + ", ".join(CALIBRATORS)
         )
     if max_drift is not None and not (math.isfinite(max_drift) and max_drift >= 0):
         raise UsageError(f"--max-drift is {max_drift}; it is a number that is not negative")
@@ -85,6 +92,9 @@ def wish_of(
             f"{useless[0]} has no use without a change of precision",
             hint="add --precision int8, or another",
         )
+    for file in (calibration, evaluation):
+        if file is not None and not Path(file).exists():
+            raise InputError("there is no such file", where=os.fspath(file))
     return wish
 
 
@@ -96,7 +106,7 @@ def pruning_of(text: str) -> Pruning:
     """
     found: dict[str, float] = {}
     how = "heads:0.25,ffn:0.25 removes a quarter of each; weights:0.5 or 2:4 set weights to zero"
-    for part in filter(None, (p.strip() for p in text.split(","))):
+    for part in (p.strip() for p in text.split(",") if text):
         if part == "2:4":
             found["two_of_four"] = 1.0
             continue

@@ -144,3 +144,9 @@ def test_layers_in_subgraphs_count():
     body = """y = If (c) <then_branch = t () => (float[b,s,8] a) { a = Gelu(x) },
                           else_branch = e () => (float[b,s,8] z) { z = Relu(x) }>"""
     assert rows(graph(body, "float[b,s,8] x, bool c"))["Gelu"].fused == 1
+
+
+def test_a_layer_in_both_branches_is_one():
+    body = """y = If (c) <then_branch = t () => (float[b,s,8] a) { a = Gelu(x) },
+                          else_branch = e () => (float[b,s,8] z) { r = Gelu(x) z = Gelu(r) }>"""
+    assert rows(graph(body, "float[b,s,8] x, bool c"))["Gelu"].fused == 2

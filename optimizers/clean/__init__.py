@@ -18,11 +18,13 @@ unflatten_softmax.py          Softmax over the last axis, without a matrix aroun
 unfold_gemm.py                Reshape, Gemm, Reshape is MatMul and Add
 split_packed.py               queries, keys, values gathered from one projection
 split_projections.py          one projection for each of them
+merge_mask_branches.py        an Attention that is there with and without its mask
 merge_views.py                chains of Reshape and Transpose in their shortest form
 sink_transposes.py            whole regions in the layout that needs fewest Transposes
 simplify_with_onnxsim.py      onnxsim in a process of its own, on request
 
 contents.py, facts.py, sizes.py        what is known of sizes, and of integers made of them
 factors.py, regions.py, weight_views.py    what views do to sizes; who shares a layout
+padding.py                             whether a mask hides anything
 iota.py                                reading 0, 1, 2, ...
 """

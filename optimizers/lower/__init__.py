@@ -10,4 +10,5 @@ fuse_dynamic_matmul.py              -> the same, of scales at run time
 soften_attention_mask.py            keep the lowest float out of masks
 expand_attention_mask.py            give masks a row for each query
 expand_rotary_cache.py              give caches a row for each text
+skip_empty_masks.py                 Attention without a mask that hides nothing
 """

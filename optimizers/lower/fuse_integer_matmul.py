@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
+from ..clean.weight_views import is_weight
+from ..dims import dim
 from ..edit import replace
 from ..outcome import Outcome, describe
-from ..read import constant, producer, rank, reader
+from ..read import constant, other, producer, rank, reader
+
+LONGEST = (2**31 - 1) // (255 * 127)  # products of uint8 and int8 that the 32 bits of a sum hold
 
 
 class FuseIntegerMatmul(ir.passes.InPlacePass):
@@ -24,9 +29,9 @@ class FuseIntegerMatmul(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fuse every such MatMul of the graph."""
+        """Fuse every such MatMul, those of subgraphs too."""
         hits, notes = 0, []
-        for node in list(model.graph):
+        for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
             if node.op_type != "MatMul" or node.domain:
                 continue
             a, b = (producer(v, "DequantizeLinear") for v in node.inputs)
@@ -38,7 +43,9 @@ class FuseIntegerMatmul(ir.passes.InPlacePass):
             _fuse(node, a, b)
             hits += 1
         if hits:
-            model.opset_imports["com.microsoft"] = 1
+            model.opset_imports.setdefault("com.microsoft", 1)
+            common.RemoveUnusedNodesPass()(model)
+            common.NameFixPass()(model)
         return Outcome(model, bool(hits), hits=hits, notes=tuple(notes))
 
 
@@ -50,15 +57,19 @@ def _refusal(a: ir.Node, b: ir.Node) -> str | None:
         return f"its activation is {q.dtype}; the fast kernel takes uint8"
     if w.dtype != ir.DataType.INT8 or rank(w) != 2:
         return f"its weight is {w.dtype} of rank {rank(w)}; the fast kernel takes int8 of rank 2"
-    if rank(a.inputs[1]) != 0:
-        return "its activation has more than one scale"
+    if not isinstance(long := dim(w, 0), int) or long > LONGEST:
+        return f"sums of {long} products may be too large for 32 bits (at most {LONGEST})"
+    scale, scales = a.inputs[1], b.inputs[1]
     if any(n.attributes.get_int("block_size", 0) for n in (a, b)):
         return "its scales are of blocks"
-    scales, axis = b.inputs[1], b.attributes.get_int("axis", 1)
+    if rank(scale) != 0 and not (rank(scale) == 1 and dim(scale, 0) == 1):
+        return f"the scale of its activation is of shape {scale and scale.shape}, not one number"
+    axis = b.attributes.get_int("axis", 1)
     if rank(scales) != 0 and not (rank(scales) == 1 and axis in (1, -1)):
-        return f"the scales of its weight lie along axis {axis}"
-    if any(v is not None and v.dtype != ir.DataType.FLOAT for v in (a.inputs[1], scales)):
-        return "its scales are not float32"
+        return f"the scales of its weight are of rank {rank(scales)}, along axis {axis}"
+    kinds = {v.dtype for n in (a, b) for v in (n.inputs[1], n.outputs[0]) if v is not None}
+    if kinds != {ir.DataType.FLOAT}:
+        return f"it multiplies in {', '.join(sorted(map(str, kinds)))}"
     if len(b.inputs) > 2 and b.inputs[2] is not None:
         zero = constant(b.inputs[2])
         if zero is None or zero.any():
@@ -80,12 +91,7 @@ def _fuse(node: ir.Node, a: ir.Node, b: ir.Node) -> None:
 
 
 def _bias(add: ir.Node, product: ir.Value, weight: ir.Node) -> ir.Value | None:
-    other = add.inputs[1] if add.inputs[0] is product else add.inputs[0]
-    w = weight.inputs[0]
-    if other is None or other is product or w is None or w.shape is None:
-        return None
-    # An initializer is made before anything; other addends might be made after the MatMul.
-    if other.const_value is None or other.is_graph_input() or other.dtype != ir.DataType.FLOAT:
-        return None
-    fits = other.shape is not None and list(other.shape) == [w.shape[1]]
-    return other if fits else None
+    """What `add` adds to the product, where it is one number a column."""
+    term = other(add, product)
+    fits = rank(term) == 1 and dim(term, 0) == dim(weight.inputs[0], 1) and is_weight(term)
+    return term if term is not None and fits and term.dtype == ir.DataType.FLOAT else None

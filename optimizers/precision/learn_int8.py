@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ...errors import UsageError
+from ...errors import InputError, UsageError
 from .calibrators import CALIBRATORS, quantize_weight
 from .compensate_weights import compensate
 from .layers import Layer, layers
@@ -96,7 +96,7 @@ def learn(
         progress: Told each step as it begins.
 
     Raises:
-        InputError: An activation holds NaN or infinity.
+        InputError: An activation or a weight holds NaN or infinity, or there is no data.
         UsageError: There is no linear layer, or the calibrator has no such name.
     """
     if int8.calibrator not in CALIBRATORS:
@@ -109,6 +109,12 @@ def learn(
             "the model has no MatMul with a constant weight: there is nothing to make int8",
             hint="--precision fp16 or bf16 take other ops too",
         )
+    for layer in found:
+        if not np.isfinite(array_of(layer.weight)).all():
+            raise InputError(
+                f"the weight {layer.weight.name!r} of {layer.name} holds NaN or infinity",
+                hint="int8 has no number for it; nor has the model an answer in float32",
+            )
     learned = Learned(int8)
     copy = model.clone()
     if int8.smooth:
@@ -117,19 +123,22 @@ def learn(
             learned.smoothings.extend(choose_smoothing(copy, seen, scheme=int8.scheme))
         SmoothActivations(learned.smoothings)(copy)
     found, _ = layers(copy)
+    rounded: dict[ir.Value, tuple[npt.NDArray[np.int8], Array]] = {}
     for names in _chunks(found, progress, "calibrate"):
         seen = observe(
             copy, names, run, batches(), CALIBRATORS[int8.calibrator],
             real=real, gram=int8.compensate,
         )  # fmt: skip
         for name, look in seen.items():
+            if not look.count:
+                continue  # all of it is padding: nothing is known of its range
             symmetric = int8.scheme.activations == "int8"
             learned.ranges[name] = look.calibrator.range(symmetric=symmetric)
-            if look.count and (look.low == look.high).all():
+            if (look.low == look.high).all():
                 learned.constant.append(name)
         for layer in found:
-            if str(layer.input.name) in seen:
-                _learn_layer(layer, seen[str(layer.input.name)], learned)
+            if str(layer.input.name) in seen and str(layer.input.name) in learned.ranges:
+                _learn_layer(layer, seen[str(layer.input.name)], learned, rounded)
     return learned
 
 
@@ -142,15 +151,27 @@ def _chunks(
         yield names[start : start + CHUNK]
 
 
-def _learn_layer(layer: Layer, look: Seen, learned: Learned) -> None:
+def _learn_layer(
+    layer: Layer,
+    look: Seen,
+    learned: Learned,
+    rounded: dict[ir.Value, tuple[npt.NDArray[np.int8], Array]],
+) -> None:
     int8 = learned.int8
     w = array_of(layer.weight)
-    q, scales = quantize_weight(w, axis=1, mse=int8.scheme.clip_weights)
+    if layer.weight not in rounded:  # who shares a weight has it as the first of them rounded it
+        q, scales = quantize_weight(w, axis=1, mse=int8.scheme.clip_weights)
+        if int8.compensate and look.gram is not None:
+            q = compensate(w, look.gram, scales)
+        rounded[layer.weight] = q, scales
+    q, scales = rounded[layer.weight]
     if int8.compensate and look.gram is not None:
-        q = compensate(w, look.gram, scales)
         learned.weights[layer.name] = q, scales
-    if int8.correct and len(look.rows):
+    if int8.correct:
         # Rounding shifts the mean of an output, and no later layer takes that back.
         x = rounded_activation(look.rows, *learned.ranges[str(layer.input.name)], int8.scheme)
         wrong = x @ weight_of(q, scales) - look.rows @ w
-        learned.corrections[layer.name] = -wrong.mean(0)
+        known, held = np.array_split(wrong, 2)
+        # Only where it helps on rows that it has not seen: what is no shift but chance does not.
+        if len(known) and (np.square(held - known.mean(0)).sum() < np.square(held).sum()):
+            learned.corrections[layer.name] = -wrong.mean(0)

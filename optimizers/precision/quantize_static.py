@@ -87,7 +87,9 @@ class QuantizeStatic(ir.passes.InPlacePass):
         for layer in found:
             if layer.name in self.keep:
                 continue
-            if str(layer.input.name) not in self.ranges:
+            x = layer.node.inputs[0]  # not layer.input: a correction may have come in between
+            assert x is not None
+            if str(x.name) not in self.ranges:
                 notes.append(f"{layer.name} stays in float: its input was not calibrated")
                 continue
             if layer.weight not in weights:
@@ -96,9 +98,9 @@ class QuantizeStatic(ir.passes.InPlacePass):
                 except ValueError as e:
                     notes.append(f"{layer.name} stays in float: {e}")
                     continue
-            if layer.input not in activations:
-                activations[layer.input] = self._activation(model.graph, layer.input)
-            layer.node.replace_input_with(0, activations[layer.input])
+            if x not in activations:
+                activations[x] = self._activation(model.graph, x)
+            layer.node.replace_input_with(0, activations[x])
             layer.node.replace_input_with(1, weights[layer.weight])
             if layer.name in self.corrections:
                 correct(model.graph, layer, self.corrections[layer.name])
