@@ -306,6 +306,8 @@ def _run(
             try:
                 with _quiet():
                     result = p(model)
+                if getattr(p, "changes_signature", False):  # it was asked to
+                    signature = _signature(model)
                 _check_signature(name, signature, _signature(model))
             except Exception as e:
                 e.add_note(f"raised by pass {index}, {name}")

@@ -93,8 +93,9 @@ def press(
     calibration: PathLike | None = None,
     evaluation: PathLike | None = None,
     max_drift: float | None = None,
-    calibrator: str = "minmax",
+    calibrator: str | None = None,
     prune: str | None = None,
+    half_io: bool = False,
     require_fused: bool = False,
     force: bool = False,
     allow_drift: bool = False,
@@ -113,8 +114,9 @@ def press(
             None for a small set of ours that the task has.
         evaluation: Examples that the gate judges on; None holds some out.
         max_drift: What the mean drift may be at most; None for the task's own (docs/precision.md).
-        calibrator: Of static int8: minmax, percentile, entropy or mse.
+        calibrator: Of static int8: minmax (where None), percentile, entropy or mse.
         prune: What is pruned first: "heads:0.25,ffn:0.25", "weights:0.5" or "2:4".
+        half_io: Whether inputs and outputs are fp16 too, with `precision` fp16.
         require_fused: Refuse to publish where a layer stays unfused.
         measure: Time it against PyTorch and keep the table in measured.json; where False, speed
             does not decide about the precision either.
@@ -136,7 +138,7 @@ def press(
         allow_drift=allow_drift,
         times=measure,
         measure=measure,
-        wish=wish_of(precision, calibration, evaluation, max_drift, calibrator, prune),
+        wish=wish_of(precision, calibration, evaluation, max_drift, calibrator, prune, half_io),
         progress=progress,
     )
     return road(order, lambda: _resolved(source, task, trust_pickle))

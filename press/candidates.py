@@ -56,11 +56,11 @@ class Maker:
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 
-def check(model: ir.Model, target: str, precision: str) -> None:
-    """Refuse what cannot be, before anything is computed.
+def check_target(target: str, precision: str) -> None:
+    """Refuse what a target has no kernels for.
 
     Raises:
-        UsageError: The target has no such precision, or the model is not in float32 any more.
+        UsageError: It has no such precision; the message says why.
     """
     has = TARGETS[target].precisions
     if precision not in (*has, "auto"):
@@ -68,11 +68,19 @@ def check(model: ir.Model, target: str, precision: str) -> None:
             f"the target {target} has no {precision}: {_WHY_NOT[target, precision]}",
             hint="--precision " + ", ".join(has),
         )
+
+
+def check_model(model: ir.Model) -> None:
+    """Refuse a model that is not in float32 any more.
+
+    Raises:
+        UsageError: It is quantized, or its weights are of another type.
+    """
     hint = "start from the model in float32; what was rounded once cannot be taken back"
     if node := already_quantized(model):
         raise UsageError(f"the model is quantized already: it has {node}", hint=hint)
     own = precision_of(model) or "fp32"
-    if own != "fp32" and precision != "fp32":
+    if own != "fp32":
         raise UsageError(f"the model is {own} already", hint=hint)
 
 
@@ -224,7 +232,11 @@ def dynamic(lab: Lab, pruning: list[ir.passes.InPlacePass]) -> Maker:
 
 
 def halves(
-    lab: Lab, pruning: list[ir.passes.InPlacePass], precision: str, progress: Progress
+    lab: Lab,
+    pruning: list[ir.passes.InPlacePass],
+    precision: str,
+    half_io: bool,
+    progress: Progress,
 ) -> Maker:
     """fp16 or bf16; what overflows on the calibration data stays in float32."""
     start = _applied(lab.base, pruning)
@@ -242,7 +254,8 @@ def halves(
 
     def make(keep: Collection[str]) -> Attempt:
         kept = names | {nodes[k] for k in keep}
-        convert = ConvertFloats(precision, keep=_within(graph, kept, probed))
+        inside = _within(graph, kept, probed)
+        convert = ConvertFloats(precision, keep=inside, keep_io=not half_io)
         shown = [ConvertFloats(precision, keep=kept), EmulateFloats()]
         return lab.attempt(
             precision,
@@ -252,19 +265,15 @@ def halves(
         )
 
     reasons = {
-        layer.name: f"{o.value} reaches {o.max_abs:.3g}, past {o.limit:.3g}"
+        layer.name: str(o)
         for o in wide
         for layer in found
         if o.node in (label(layer.node), label(layer.add) if layer.add else None)
     }
-    notes = {
-        o.node: f"{o.op} {o.node!r} stays in float32: {o.value} reaches {o.max_abs:.3g}, "
-        f"and {precision} is held to {o.limit:.3g}"
-        for o in wide
-    }
+    notes = {o.node: f"stays in float32: {o}" for o in wide}
     recipe = {
         "kept_in_float32": sorted(_within(graph, names, probed)),
-        "inputs_and_outputs": "fp32",
+        "inputs_and_outputs": precision if half_io else "fp32",
     }
     return Maker(make, tuple(found), recipe, tuple(notes.values()), reasons=reasons)
 

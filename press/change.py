@@ -163,8 +163,17 @@ def change_precision(
     notes = manifest.source["notes"]
     if session is None:
         notes = [*notes, f"not run as it is, for the CPU cannot: {why_not}"]
+    inputs, outputs = (
+        graph_signature(model) if wish.half_io else (manifest.inputs, manifest.outputs)
+    )
+    kv = manifest.kv
+    if kv is not None and wish.half_io:
+        kv = {**kv, "dtype": {"fp16": "float16", "bf16": "bfloat16"}[found.precision]}
     manifest = replace(
         manifest,
+        inputs=inputs,
+        outputs=outputs,
+        kv=kv,
         source={**manifest.source, "notes": notes},
         target={**manifest.target, "precision": found.precision},
         ops=count_ops(model),

@@ -206,9 +206,11 @@ def feeds_of(session: Session, records: Records, batch_size: int = 8) -> list[Fe
 def real_tokens(feeds: Mapping[str, Array]) -> Array | None:
     """Which tokens are no padding, bool (batch, sequence); None where the graph has no mask.
 
-    Of an encoder-decoder these are the tokens of the encoder.
+    None of an encoder-decoder, too, whose values are of either side.
     """
     mask = feeds.get("attention_mask")
+    if "decoder_input_ids" in feeds:  # a value of the decoder may have the encoder's shape
+        return None
     return None if mask is None or mask.ndim != 2 else mask.astype(bool)
 
 

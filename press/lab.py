@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx_ir.passes.common as common
+
 from .. import artifact
 from ..artifact import Manifest
 from ..optimizers import TARGETS
@@ -65,7 +67,7 @@ class Lab:
         files: The task's files (tokenizer), by name.
         folder: A directory of its own.
         budget: For the mean drift; None for the task's default.
-        observers: Watch the passes of the candidates that are built for good.
+        observers: Watch the passes of candidates while `watching` is True.
     """
 
     def __init__(
@@ -84,8 +86,10 @@ class Lab:
         self.base, self.target, self.sets = base, TARGETS[target], sets
         self.manifest, self.files, self.folder = manifest, files, folder
         self.budget, self.first, self.observers = budget, first, tuple(observers)
-        self._count = 0
-        self.float32 = self.attempt("fp32", watched=False, stand_in=NO_CHANGE)
+        common.NameFixPass()(base)  # nodes go by their names from here on
+        self._count, self.watching = 0, False
+        self.float32 = self.attempt("fp32")
+        self.watching = True
         self.float32.session.manifest = manifest
         for name, content in files.items():
             (self.float32.path / name).write_bytes(content)
@@ -124,7 +128,6 @@ class Lab:
         *,
         stand_in: Change | None = None,
         kept: Iterable[str] = (),
-        watched: bool = True,
     ) -> Attempt:
         """Build a candidate and open it on the CPU.
 
@@ -133,13 +136,12 @@ class Lab:
             change: The passes that make it.
             stand_in: Those that make its numbers on the CPU, where the target is another one.
             kept: Layers that stay in float, for the record.
-            watched: Whether the observers see it.
 
         Raises:
             ArtifactError, ProviderError: ONNX Runtime does not open it.
         """
         model = self.base.clone()
-        observers = self.observers if watched else ()
+        observers = self.observers if self.watching else ()
         steps = run_passes(
             model, lowered(self.target, change), observers=observers, first=self.first
         )

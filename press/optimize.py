@@ -32,8 +32,9 @@ def optimize(
     calibration: str | os.PathLike[str] | None = None,
     evaluation: str | os.PathLike[str] | None = None,
     max_drift: float | None = None,
-    calibrator: str = "minmax",
+    calibrator: str | None = None,
     prune: str | None = None,
+    half_io: bool = False,
     measure: bool = True,
     force: bool = False,
     allow_drift: bool = False,
@@ -53,8 +54,8 @@ def optimize(
         skip: Names of passes to leave out.
         require_fused: Refuse to publish where a layer stays unfused.
         with_onnxsim: Let onnxsim simplify the graph too.
-        precision, calibration, evaluation, max_drift, calibrator, prune: As in `press`; bf16 too,
-            for cuda and tensorrt.
+        precision, calibration, evaluation, max_drift, calibrator, prune,
+            half_io: As in `press`; bf16 too, for cuda and tensorrt.
         measure: Whether a change of precision has to be faster too; for cpu alone.
         force: Replace an artifact that is at `out`.
         allow_drift: Publish even where the check fails, and record it.
@@ -74,7 +75,7 @@ def optimize(
         raise UsageError(f"there is no target {target!r}", hint="one of " + ", ".join(TARGETS))
     _check_source(path)
     _check_apart(path, Path(out))
-    wish = wish_of(precision, calibration, evaluation, max_drift, calibrator, prune)
+    wish = wish_of(precision, calibration, evaluation, max_drift, calibrator, prune, half_io)
     order = Order(
         spec,
         out,

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
-from ..errors import GateError, OnnxpressError
+from ..errors import GateError, OnnxpressError, UsageError
+from ..optimizers.precision.layers import Layer, layers
 from . import candidates
 from .candidates import Maker
 from .evaluator import plain
@@ -71,6 +72,13 @@ def precise(
     names: tuple[str, ...] = (wish.precision,)
     if wish.precision == "auto":
         names = lab.target.precisions
+    zeros = wish.pruning.weights or wish.pruning.two_of_four
+    if zeros and clock is not None and wish.precision == "fp32":
+        raise UsageError(
+            "zeros in place make nothing faster on cpu, whose kernels multiply them too",
+            where=spec,
+            hint="--target tensorrt reads 2:4; --no-measure publishes without asking for speed",
+        )
     pruning = candidates.prune(lab, wish.pruning, progress) if wish.pruning else []
     rows = [Row("fp32", lab.float32)]
     lab.judge(lab.float32)
@@ -80,7 +88,7 @@ def precise(
         row = Row(f"{name} pruned" if pruning else name, None)
         rows.append(row)
         try:
-            _try(row, name, lab, wish, pruning, progress)
+            _try(row, name, lab, wish, pruning, progress, search=not allow_drift)
         except OnnxpressError as e:
             if wish.precision != "auto":
                 raise
@@ -90,7 +98,7 @@ def precise(
         _refuse(single, lab, spec)
     if clock is not None:
         _time(rows, clock, progress, only=single)
-    chosen = single or min((r for r in rows if r.passed), key=_speed)
+    chosen = single or min((r for r in rows if r.passed or r is rows[0]), key=_speed)
     if pruning and chosen is rows[0]:
         _refuse_unpruned(rows, spec)
     if single is not None and single.ms:
@@ -112,6 +120,8 @@ def _try(
     wish: Wish,
     pruning: list[ir.passes.InPlacePass],
     progress: Progress,
+    *,
+    search: bool,
 ) -> None:
     match name:
         case "fp32":
@@ -121,17 +131,42 @@ def _try(
         case "int8-dynamic":
             row.maker = candidates.dynamic(lab, pruning)
         case _:
-            row.maker = candidates.halves(lab, pruning, name, progress)
+            row.maker = candidates.halves(lab, pruning, name, wish.half_io, progress)
     progress(f"try {row.name}")
     row.attempt = row.maker.make(())
+    _refuse_unchanged(row, name)
     drift = lab.judge(row.attempt)
     progress(f"  {drift.metric}: mean {drift.mean:.2g}, worst {drift.worst:.2g}")
     if not row.maker.layers:
         return
+    lab.watching = False  # what follows are trials
     if name == "int8" or not drift.passed:
         row.sensitivity = _sensitivity(lab, row.maker, progress)
-    if not drift.passed:
-        row.attempt = _put_back(lab, row, progress) or row.attempt
+    if not drift.passed and search:
+        row.attempt = _put_back(lab, row, progress)
+    lab.watching = True
+
+
+def _refuse_unchanged(row: Row, name: str) -> None:
+    """A graph in which nothing changed would pass any gate."""
+    assert row.maker is not None
+    assert row.attempt is not None
+    found = row.maker.layers
+    if name != "fp32" and found and len(_still_float(row.attempt) & _nodes(found)) == len(found):
+        said = [note for step in row.attempt.steps for note in step.notes]
+        raise UsageError(
+            "\n".join([f"nothing in the model becomes {name}", *said[:5]]),
+            hint="the notes above say why, layer by layer",
+        )
+
+
+def _still_float(attempt: Attempt) -> set[str]:
+    """Names of the nodes of the finished graph that multiply with a weight in float32."""
+    return _nodes(layers(attempt.model)[0])
+
+
+def _nodes(found: Sequence[Layer]) -> set[str]:
+    return {str(layer.node.name) for layer in found}
 
 
 # The search -----------------------------------------------------------------------------------
@@ -158,58 +193,64 @@ def _sensitivity(lab: Lab, maker: Maker, progress: Progress) -> dict[str, float]
     return found
 
 
-def _put_back(lab: Lab, row: Row, progress: Progress) -> Attempt | None:
-    """The candidate with the fewest layers in float that meets the budget; None where none does."""
+def _put_back(lab: Lab, row: Row, progress: Progress) -> Attempt:
+    """The candidate with the fewest layers in float that meets the budget; else the closest one.
+
+    Those that drift most go first. How many is decided on what choices are made on; the gate then
+    judges that candidate, and further ones with more in float while it refuses.
+    """
     assert row.maker is not None
-    maker, first = row.maker, row.attempt
+    assert row.attempt is not None
+    make = row.maker.make
     order = sorted(row.sensitivity, key=lambda n: -_rank(row.sensitivity[n]))
-    tried: dict[int, Attempt] = {0: first} if first else {}
+    most = len(order) - 1  # all of them in float would be float32 again
 
-    def passes(count: int) -> bool:
-        if count not in tried:
-            progress(f"put {count} of {len(order)} layers back to float")
-            tried[count] = maker.make(order[:count])
-        drift = lab.judge(tried[count])
-        progress(f"  {drift.metric}: mean {drift.mean:.2g}, worst {drift.worst:.2g}")
-        return drift.passed
+    def build(count: int) -> Attempt:
+        progress(f"{count} of {len(order)} layers back to float")
+        return make(order[:count])
 
-    low, high = 0, 1  # low fails; high is tried next
-    while high < len(order) and not passes(high):
-        low, high = high, high * 2
-    if high >= len(order):
-        high = len(order) - 1  # all of them back would be float32 again
-        if high <= low or not passes(high):
-            _closest(row, tried)
-            return None
+    def within(count: int) -> bool:
+        attempt = build(count)
+        lab.drop(attempt)
+        return lab.search(attempt).passed
+
+    low, high = 0, 1
+    while high < most and not within(high):
+        low, high = high, min(2 * high, most)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if passes(middle) else (middle, high)
-    return tried[high]
+        low, high = (low, middle) if within(middle) else (middle, high)
+    best, count = row.attempt, high
+    while count <= most:
+        attempt = build(count)
+        drift = lab.judge(attempt)
+        progress(f"  {drift.metric}: mean {drift.mean:.2g}, worst {drift.worst:.2g}")
+        closer = drift.passed or _distance(attempt) < _distance(best)
+        lab.drop(best if closer else attempt)
+        best = attempt if closer else best
+        if drift.passed:
+            break
+        count += max(1, count // 4)
+    return best
 
 
 def _rank(drift: float) -> float:
     return math.inf if math.isnan(drift) else drift
 
 
-def _closest(row: Row, tried: dict[int, Attempt]) -> None:
-    def mean(a: Attempt) -> float:
-        return _rank(a.drift.mean) if a.drift else math.inf
-
-    count, best = min(tried.items(), key=lambda item: mean(item[1]))
-    if count and best.drift:
-        row.why = (
-            f"closest: {count} layers in float, mean {best.drift.mean:.3g}, "
-            f"worst {best.drift.worst:.3g}"
-        )
+def _distance(attempt: Attempt) -> float:
+    return _rank(attempt.drift.mean) if attempt.drift else math.inf
 
 
 def _refuse(row: Row, lab: Lab, spec: str) -> None:
     assert row.attempt is not None
     drift = row.attempt.drift
     assert drift is not None
-    lines = [f"{row.name} is past the budget: {drift.why}"]
-    if row.why:
-        lines.append(row.why)
+    count = len(row.attempt.kept)
+    how = (
+        f", with {count} of {len(row.sensitivity)} layers in float at its closest" if count else ""
+    )
+    lines = [f"{row.name} is past the budget{how}: {drift.why}"]
     worst = sorted(row.sensitivity.items(), key=lambda item: -_rank(item[1]))[:3]
     lines += [f"    {name}: {value:.3g} by itself" for name, value in worst]
     raise GateError(
@@ -283,28 +324,30 @@ def _layers(row: Row, precision: str, drift: Drift) -> list[dict[str, Any]]:
     maker, attempt = row.maker, row.attempt
     if maker is None or attempt is None:
         return []
-    kept = set(attempt.kept)
+    still = _still_float(attempt)
 
-    def reason(name: str) -> str:
-        if name in maker.reasons:
-            return maker.reasons[name]
-        if name not in kept:
+    def reason(layer: Layer) -> str:
+        if layer.name in maker.reasons:
+            return maker.reasons[layer.name]
+        if str(layer.node.name) not in still or precision == "fp32":
             return ""
-        return (
-            f"it drifts {row.sensitivity[name]:.3g} by itself: {len(kept)} layers are in float "
-            f"for a budget of {drift.budget:g}"
-        )
+        if layer.name in attempt.kept:
+            return (
+                f"it drifts {row.sensitivity[layer.name]:.3g} by itself: {len(attempt.kept)} "
+                f"layers are in float for a budget of {drift.budget:g}"
+            )
+        return "a pass declined it: `inspect --passes` has its note"
 
     return [
         {
             "name": layer.name,
             "kind": layer.kind,
-            "precision": "fp32" if reason(layer.name) else precision,
+            "precision": "fp32" if reason(layer) else precision,
             "sensitivity": plain(row.sensitivity[layer.name])
             if layer.name in row.sensitivity
             else None,
             "alpha": maker.alphas.get(layer.name),
-            "reason": reason(layer.name),
+            "reason": reason(layer),
         }
         for layer in maker.layers
     ]

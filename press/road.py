@@ -92,6 +92,7 @@ def road(order: Order, take: Callable[[], Given]) -> Manifest:
     with needs_export():
         from ..optimizers import count_ops
         from ..optimizers.explain import explain
+    _check_order(order)
     progress = order.progress
     with contextlib.ExitStack() as stack:
         staging = stack.enter_context(artifact.stage(order.out, force=order.force))
@@ -99,7 +100,7 @@ def road(order: Order, take: Callable[[], Given]) -> Manifest:
         given = take()
         source = given.source
         model, notes = _graph(source, progress)
-        _check_wish(order, given, model)
+        _check_given(order, given, model)
         # An adopted graph is its own reference: opened before a pass sees it.
         reference = reference_of(source, given.file)
         before = count_ops(model)
@@ -138,17 +139,12 @@ def road(order: Order, take: Callable[[], Given]) -> Manifest:
         return staging.publish(pressed.manifest)
 
 
-def _check_wish(order: Order, given: Given, model: ir.Model) -> None:
+def _check_order(order: Order) -> None:
+    """Refuse what needs no source to be refused."""
     if not order.wish:
         return
-    from .candidates import check
+    from .candidates import check_target
 
-    past = given.before.precision if given.before else None
-    if past is not None and past["pruned"]:
-        raise UsageError(
-            "the artifact is pruned already: the gate would see the second change alone",
-            hint="start from the artifact before it, with --prune and --precision together",
-        )
     if order.until or order.skip:
         raise UsageError(
             "--precision and --prune need every pass; --until and --skip leave some out",
@@ -160,7 +156,30 @@ def _check_wish(order: Order, given: Given, model: ir.Model) -> None:
             "auto keeps what is measured to be fastest, and nothing is measured here",
             hint="name a precision; --no-measure measures nothing, and so far no target but cpu is",
         )
-    check(model, target, order.wish.precision)
+    check_target(target, order.wish.precision)
+
+
+def _check_given(order: Order, given: Given, model: ir.Model) -> None:
+    """Refuse a source of which that cannot be made."""
+    from .candidates import check_model
+
+    past = given.before.precision if given.before else None
+    if past is not None and given.before is not None and "int8" in past["precision"]:
+        made_for = given.before.target["provider"]
+        if order.target != made_for:
+            raise UsageError(
+                f"the artifact is {past['precision']} for {made_for}; for {order.target} the "
+                "integers are other ones",
+                hint=f"start from the artifact in float32: --target {order.target} --precision",
+            )
+    if not order.wish:
+        return
+    if past is not None and past["pruned"]:
+        raise UsageError(
+            "the artifact is pruned already: the gate would see the second change alone",
+            hint="start from the artifact before it, with --prune and --precision together",
+        )
+    check_model(model)
 
 
 def _optimize(

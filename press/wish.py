@@ -44,6 +44,7 @@ class Wish:
         max_drift: Budget of the mean drift; None for the task's default.
         calibrator: minmax, percentile, entropy or mse.
         pruning: What is pruned before.
+        half_io: Whether fp16 and bf16 are the types of inputs and outputs too.
     """
 
     precision: str = "fp32"
@@ -52,6 +53,7 @@ class Wish:
     max_drift: float | None = None
     calibrator: str = "minmax"
     pruning: Pruning = field(default_factory=Pruning)
+    half_io: bool = False
 
     def __bool__(self) -> bool:
         return self.precision != "fp32" or bool(self.pruning)
@@ -65,8 +67,9 @@ def wish_of(
     calibration: str | os.PathLike[str] | None,
     evaluation: str | os.PathLike[str] | None,
     max_drift: float | None,
-    calibrator: str,
+    calibrator: str | None,
     prune: str | None,
+    half_io: bool = False,
 ) -> Wish:
     """The wish, checked; see `Wish` for the arguments, and `pruning_of` for `prune`.
 
@@ -78,13 +81,25 @@ def wish_of(
         raise UsageError(
             f"there is no precision {precision!r}", hint="one of " + ", ".join(PRECISIONS)
         )
-    if calibrator not in CALIBRATORS:
+    if calibrator is not None and calibrator not in CALIBRATORS:
         raise UsageError(
             f"there is no calibrator {calibrator!r}", hint="one of " + ", ".join(CALIBRATORS)
         )
     if max_drift is not None and not (math.isfinite(max_drift) and max_drift >= 0):
         raise UsageError(f"--max-drift is {max_drift}; it is a number that is not negative")
-    wish = Wish(precision, calibration, evaluation, max_drift, calibrator, pruning_of(prune or ""))
+    if calibrator is not None and precision not in ("int8", "auto"):
+        raise UsageError(f"--calibrator has no use with {precision}", hint="--precision int8")
+    if half_io and precision not in ("fp16", "bf16"):
+        raise UsageError(f"--half-io has no use with {precision}", hint="--precision fp16 or bf16")
+    wish = Wish(
+        precision,
+        calibration,
+        evaluation,
+        max_drift,
+        calibrator or "minmax",
+        pruning_of(prune or ""),
+        half_io,
+    )
     given = {"--calibration": calibration, "--eval": evaluation, "--max-drift": max_drift}
     useless = [name for name, value in given.items() if value is not None]
     if useless and not wish:

@@ -285,11 +285,13 @@ def test_the_verdict_follows_the_gate_and_the_parity():
     assert verdict(gate(passed=False, mean="inf")) == verdict(gate(passed=False, mean=math.inf))
     assert verdict(gate(passed=False))[0] == "bad"
 
-    only = {**precision_of(), "precision": "fp32", "drift": None}
+    only = {**precision_of(), "precision": "fp32", "drift": None, "pruned": None}
     look, said = verdict(full(manifest=manifest_of(only)))
     assert (look, said[:11]) == ("plain", "\u2013 fp32 only")
     html = press_report(full(manifest=manifest_of({**only, "drift": precision_of()["drift"]})))
     assert '<section id="drift"' not in html  # from itself it is 0 away
+    pruned = {**only, "drift": precision_of()["drift"], "pruned": {"heads": 0.25}}
+    assert '<section id="drift"' in press_report(full(manifest=manifest_of(pruned)))
     assert "Speed beside fp32" not in html
     assert "auto was asked for" in said
 

@@ -118,6 +118,11 @@ NOT_FOLDED = {
         f"{IO[1]}, float[b,h,s,e] pk, float[b,h,s,e] pv",
         f"{PROJECT} a, pk, pv = {ATTENTION}(q, k, v)",
     ),
+    "the cache is read": (
+        IO[1],
+        f"""{PROJECT} i = Constant<value_ints=[0, 0, {HEADS}, {SIZE}]>()  z = Reshape(x, i)
+        past = Transpose<perm=[0, 2, 1, 3]>(z)  a, pk, pv = {ATTENTION}(q, k, v, , past, past)""",
+    ),
     "values are an output": (
         f"{IO[1]}, float[b,s,{D}] v",
         f"{PROJECT} a = {ATTENTION}(q, k, v)",

@@ -40,6 +40,7 @@ class MergeMaskBranches(ir.passes.InPlacePass):
             merged = ir.node(
                 "Attention", masked.inputs, attributes=masked.attributes, name=node.name
             )
+            merged.outputs[0].name = masked.outputs[0].name  # else numbered, at the cost of others
             replace(node.outputs[0], merged.outputs[0], [merged])
             for inner in (found.plain, masked):  # dead, but still readers of what they read
                 for index in range(len(inner.inputs)):

@@ -35,12 +35,13 @@ def compensate(
     h[np.diag_indices(k)] += max(DAMP * float(diagonal.mean()), 1e-12)
     upper = np.linalg.cholesky(np.linalg.inv(h)).T
     rest = w[order].astype(np.float64)
+    pruned = rest == 0  # what was pruned stays so: a pattern of zeros is worth more than its error
     q = np.empty((k, n), np.int8)
     for start in range(0, k, BLOCK):
         end = min(start + BLOCK, k)
         errors = np.empty((end - start, n))
         for i in range(start, end):
-            q[i] = np.clip(np.rint(rest[i] / scales), -127, 127)
+            q[i] = np.where(pruned[i], 0, np.clip(np.rint(rest[i] / scales), -127, 127))
             errors[i - start] = (rest[i] - q[i] * scales) / upper[i, i]
             rest[i + 1 : end] -= np.outer(upper[i, i + 1 : end], errors[i - start])
         rest[end:] -= upper[start:end, end:].T @ errors

@@ -59,6 +59,7 @@ class ConvertFloats(ir.passes.InPlacePass):
         self.half = half_of(precision)
         self.keep = frozenset(keep)
         self.keep_io = keep_io
+        self.changes_signature = not keep_io  # the pipeline reads it
 
     def call(self, model: ir.Model) -> Outcome:
         """Decide for each node, then for each value, then rewire."""

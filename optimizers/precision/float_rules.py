@@ -31,9 +31,6 @@ KEEP = {
 }  # fmt: skip
 """Ops of ai.onnx that stay in float32, and why."""
 
-CONTROL = {"If", "Loop", "Scan", "SequenceMap"}
-"""Ops with a body: what goes in and out stays float32, what is inside is converted."""
-
 SIZES = {"Shape", "Size"}
 """Ops that look at no number."""
 

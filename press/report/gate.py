@@ -20,7 +20,7 @@ _TEXT = 400  # characters of an example
 def drift(precision: Numbers, drifts: Sequence[float], examples: Sequence[Numbers]) -> Html | None:
     """The drift of the eval set as a histogram, and the worst of its examples."""
     found = precision.get("drift")
-    if not found or precision["precision"] == "fp32":
+    if not found or (precision["precision"] == "fp32" and not precision.get("pruned")):
         return None
     finite = sorted(v for v in map(as_float, drifts) if math.isfinite(v))
     parts = [element("p", f"How far its answers are from those of fp32: {found['metric']}.")]

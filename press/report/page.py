@@ -113,7 +113,7 @@ def _verdict(manifest: Manifest, precision: Numbers, count: int) -> tuple[str, s
     """How it looks, what it says, and the sentence below."""
     checked, drift, asked = manifest.parity, precision.get("drift"), precision.get("asked")
     astray = bool(checked and (checked["allowed_drift"] or not checked["passed"]))
-    if drift and _precision(manifest) != "fp32":
+    if drift and (_precision(manifest) != "fp32" or precision.get("pruned")):
         why = (
             f"Mean drift {number(drift['mean'])} of {number(drift['budget'])} allowed, worst "
             f"{number(drift['worst'])} of {number(drift['worst_budget'])} allowed"
