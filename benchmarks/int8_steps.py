@@ -13,7 +13,6 @@ import shutil
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +23,7 @@ import peers
 from peers import EXACT, THREADS, Case, Contestant, Feeds, Prepare
 
 MINILM, BERT = "minilm", "bert-base"
-EXAMPLES = {MINILM: 128, BERT: 16}  # texts to calibrate on; random weights learn nothing
+EXAMPLES = {MINILM: 128, BERT: 4}  # texts to calibrate on; random weights learn nothing
 
 # onnxpress ------------------------------------------------------------------------------------
 
@@ -87,7 +86,7 @@ def in_lab(
     from onnxpress import artifact
     from onnxpress.exporter import capture, resolve
     from onnxpress.optimizers import pipeline
-    from onnxpress.press.data import prepare
+    from onnxpress.press.data import Sets, prepare
     from onnxpress.press.lab import Lab
 
     source = resolve(str(case.weights))
@@ -95,12 +94,10 @@ def in_lab(
     pipeline.run_passes(base, pipeline.raised())
     sets = prepare("embed")
     if not case.trained:
-        first = [list(range(min(n, case.examples))) for n in (len(sets.calibration), 2, 2)]
-        sets = replace(
-            sets,
-            calibration=sets.calibration.some(first[0]),
-            search=sets.search.some(first[1]),
-            evaluation=sets.evaluation.some(first[2]),
+        sets = Sets(
+            sets.calibration.some(range(case.examples)),
+            sets.search.some(range(2)),
+            sets.evaluation.some(range(2)),
         )
     manifest = artifact.read_manifest(case.folder / "onnxpress-fp32")
     scratch = folder / "lab"
@@ -112,8 +109,12 @@ def in_lab(
 
 
 def prune(case: Case, folder: Path) -> dict[str, Any]:
-    how = {"prune": "heads:0.25,ffn:0.25", "allow_drift": True}
-    return press(case, folder, **how)
+    how: dict[str, Any] = {}
+    if not case.trained:  # what is left of random weights is as good as what goes
+        few = case.folder / "few.txt"
+        few.write_text("\n".join(t.replace("\n", " ") for t in case.texts()))
+        how = {"calibration": few}
+    return press(case, folder, prune="heads:0.25,ffn:0.25", allow_drift=True, **how)
 
 
 def open_onnxpress(case: Case, folder: Path) -> Prepare:
@@ -238,7 +239,7 @@ def work_time(
             for cell in cells:
                 failed[cell][name] = f"does not open: {first_line(e)}"
     for cell in cells:
-        feeds, runs, calls = random_feeds(cell), {}, {}
+        feeds, runs, lasts = random_feeds(cell), {}, {}
         for name, prepare in ready.items():
             try:
                 run = prepare(feeds)
@@ -250,20 +251,20 @@ def work_time(
             if took > limit:
                 failed[cell][name] = f"one run takes {took:.1f} s"
             else:
-                runs[name], calls[name] = run, max(1, int(0.1 / took))
-        timed = race(runs, calls, rounds)
+                runs[name], lasts[name] = run, took
+        timed = race(runs, lasts, rounds)
         ms[cell] = {name: round(median(t), 3) for name, t in timed.items()}
         best[cell] = {name: round(min(t), 3) for name, t in timed.items()}
     return {"ms": ms, "best": best, "failed": failed}
 
 
 def race(
-    runs: dict[str, Callable[[], Any]], calls: dict[str, int], rounds: int
+    runs: dict[str, Callable[[], Any]], lasts: dict[str, float], rounds: int
 ) -> dict[str, list[float]]:
     """Milliseconds of each in each round, as `onnxpress.runtime.time_runs` takes them.
 
     But in a new order each round: where turns are taken in a circle, the same one always comes
-    after the heaviest.
+    after the heaviest. `lasts` says how many seconds a run takes.
     """
     order, times = list(runs), {name: list[float]() for name in runs}
     shuffle = random.Random(0).shuffle
@@ -271,9 +272,10 @@ def race(
         shuffle(order)
         for name in order:
             time.sleep(0.05)  # thread pools spin for a while (ONNX Runtime's for 40 ms)
-            if calls[name] > 1 or not times[name] or times[name][-1] < 200:
-                runs[name]()  # its threads wake up, which a long run does not notice
-            times[name].append(seconds(runs[name], calls[name]) * 1e3)
+            if lasts[name] < 0.2:  # its threads wake up, which a long run does not notice
+                runs[name]()
+            calls = max(1, int(0.1 / lasts[name]))
+            times[name].append(seconds(runs[name], calls) * 1e3)
     return times
 
 

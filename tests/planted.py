@@ -38,9 +38,7 @@ def lab(directory: Path, folder: Path, calibration: Path, evaluation: Path, targ
     """Where the candidates of an artifact are tried."""
     manifest, model = artifact.read_manifest(directory), artifact.open_model(directory)
     run_passes(model, raised())
-    sets = prepare(
-        manifest.task, manifest.inputs, calibration=calibration, evaluation=evaluation
-    )
+    sets = prepare(manifest.task, manifest.inputs, calibration=calibration, evaluation=evaluation)
     files = {n: (directory / n).read_bytes() for n in manifest.files if "model" not in n}
     return Lab(model, target, sets, manifest, files, folder)
 

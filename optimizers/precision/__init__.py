@@ -4,6 +4,7 @@ These passes take what they have to know as arguments: data is looked at before,
 are handed a way to run a graph. press/ watches what they cost.
 
     layers.py                 the linear layers of a base graph, and their names
+    split_gemm.py             Gemm to MatMul and Add, so that a layer has one form
     observe.py                activations on calibration data; calibrators.py finds their ranges
     learn_int8.py             all that static int8 has to learn, in one call
     smooth_activations.py     outliers of activations into weights (SmoothQuant)
