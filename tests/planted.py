@@ -96,7 +96,7 @@ def embedder(path: Path, *, channel: float = 1.0, rare: int = 0, value: float = 
         {_declared(w)}) => (float[batch,sequence,{D}] last_hidden_state) {{
         real = Cast<to=9>(attention_mask)  axes = Constant<value_ints=[1, 2]>()
         real4 = Unsqueeze(real, axes)
-        yes = Constant<value_float=0.0>()  no = Constant<value_float=-1e9>()
+        yes = Constant<value_float=0.0>()  no = Constant<value_float=-3.4028234e38>()
         mask = Where(real4, yes, no)
         x0 = Gather(table, input_ids)
         {" ".join(body)} last_hidden_state = LayerNormalization(h2, one) }}""",
