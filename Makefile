@@ -20,7 +20,7 @@ types: $(VENV)/.dev
 	MYPYPATH=.typecheck $(BIN)/mypy -p onnxpress
 
 check: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 bench: $(VENV)/.dev  ## every benchmark; each ends in one line of JSON
 	for b in benchmarks/*.py; do $(BIN)/python $$b || exit 1; done

@@ -86,7 +86,10 @@ def wish_of(
             f"there is no calibrator {calibrator!r}", hint="one of " + ", ".join(CALIBRATORS)
         )
     if max_drift is not None and not (math.isfinite(max_drift) and max_drift >= 0):
-        raise UsageError(f"--max-drift is {max_drift}; it is a number that is not negative")
+        raise UsageError(
+            f"--max-drift is {max_drift}; it is a number that is not negative",
+            hint="each task has a budget of its own: 0.005 for embed",
+        )
     if calibrator is not None and precision not in ("int8", "auto"):
         raise UsageError(f"--calibrator has no use with {precision}", hint="--precision int8")
     if half_io and precision not in ("fp16", "bf16"):
