@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,6 +90,7 @@ def road(order: Order, take: Callable[[], Given]) -> Manifest:
     """
     artifact.check_output(order.out, force=order.force)
     with needs_export():
+        from .. import exporter  # noqa: F401  # here, where what is missing is told
         from ..optimizers import count_ops
         from ..optimizers.explain import explain
     _check_order(order)
@@ -197,6 +198,8 @@ def _optimize(
     runs = runs_from_environment(model, run_model, lambda: some_feeds(reference, inputs))
     observers = [*from_environment(), *runs]
     target = optimizers.TARGETS[order.target or "cpu"]
+    if order.target is None:  # branches are for one provider, and what is exported is for any
+        target = replace(target, skips_empty_masks=False)
     if not order.wish:
         return optimizers.optimize(
             model,

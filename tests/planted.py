@@ -133,8 +133,19 @@ def tensors(path: Path, *, peak: float = 1.0, seed: int = 0) -> Path:
     }
     model = graph(
         f"""g (float[batch,{D}] x, {_declared(w)}) => (float[batch,{D}] y)
-        {{ h = MatMul(x, first)  r = Relu(h)  k = MatMul(r, second)  s = MatMul(k, third)
-           z = Add(s, bias)  y = Gelu(z) }}""",
+        {{ h = MatMul(x, first)  r = Relu(h)  k = MatMul(r, second)  b = Add(k, bias)
+           s = MatMul(b, third)  y = Gelu(s) }}""",
+        w,
+    )
+    return publish(path, model)
+
+
+def chain(path: Path) -> Path:
+    """Layers that read each other, with nothing in between."""
+    w = {f"w{i}": normal(i, D, D) / 8 for i in range(3)}
+    model = graph(
+        f"""g (float[batch,{D}] x, {_declared(w)}) => (float[batch,{D}] y)
+        {{ a = MatMul(x, w0)  b = MatMul(a, w1)  y = MatMul(b, w2) }}""",
         w,
     )
     return publish(path, model)

@@ -52,7 +52,7 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("cli")
     planted.texts(path / "c.txt", 40, 0)
     planted.texts(path / "e.txt", 24, 1)
-    planted.arrays(path / "c", 8, 0)
+    planted.arrays(path / "c", 40, 0)  # of fewer rows the ranges are too narrow
     planted.arrays(path / "e", 4, 100)
     planted.embedder(path / "rare", rare=2)
     planted.tensors(path / "tensors")
@@ -127,7 +127,7 @@ def test_the_table_has_times(folder, monkeypatch, tmp_path):
         assert "2.5" in row.split()
     found = json.loads(good("inspect", out, "--precision", "--json"))["precision"]
     assert {c["name"]: c["ms"] for c in found["candidates"]}["fp16"] == {"1x16": 9.0}
-    assert "2.5" not in (out / "manifest.json").read_text()  # no clock in what is hashed
+    assert '"ms"' not in (out / "manifest.json").read_text()  # no clock in what is hashed
     # measured.json is nobody's word: what it should not hold does no harm.
     for content in ("[]", "{", '{"candidates": [1]}', '{"candidates": [{"name": "int8"}]}'):
         (out / "measured.json").write_text(content)
@@ -166,7 +166,9 @@ def test_refusals_of_examples(folder, tmp_path):
     assert "would prove nothing" in bad(2, tmp_path, *rare, "--precision", "int8", *same)
     tensors = "optimize", folder / "tensors", "--no-measure", "--precision", "int8"
     assert "--calibration" in bad(2, tmp_path, *tensors)
-    assert "text" in bad(2, tmp_path, *tensors, "--calibration", folder / "c.txt")
+    told = bad(2, tmp_path, *tensors, "--calibration", folder / "c.txt")
+    assert "c.txt:1" in told
+    assert "the inputs are x: float32[batch, 64]" in told
 
 
 def test_allowed_drift_is_told_each_time(folder, tmp_path):
@@ -180,12 +182,13 @@ def test_allowed_drift_is_told_each_time(folder, tmp_path):
 def test_press_from_pytorch_and_verify(folder, write, tmp_path):
     source, out = write(MODULE), tmp_path / "a"
     files = "--calibration", folder / "c", "--eval", folder / "e"
-    told = good("press", source, "-o", out, "--precision", "int8", *files, "--no-measure")
+    words = "--precision", "int8", "--max-drift", "0.05", "--no-measure"
+    told = good("press", source, "-o", out, *words, *files)
     assert "in float   0 of 2 layers" in told
     manifest = artifact.read_manifest(out)
     assert [layer["name"] for layer in manifest.precision["layers"]] == ["up", "down"]
     x = np.load(folder / "e" / "0.npz")["x"]
-    assert load(out)(x=x)["output"].shape == (4, 64) if callable(load(out)) else True
+    assert next(iter(load(out).run({"x": x}).values())).shape == (4, 64)
     told = good("verify", out, "--source", source)
     row = next(line for line in told.splitlines() if line.startswith("drift"))
     assert row.split()[1] == "ok"
