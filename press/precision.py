@@ -228,9 +228,9 @@ def _put_back(lab: Lab, row: Row, progress: Progress) -> Attempt:
         closer = drift.passed or _distance(attempt) < _distance(best)
         lab.drop(best if closer else attempt)
         best = attempt if closer else best
-        if drift.passed:
+        if drift.passed or count == most:
             break
-        count += max(1, count // 4)
+        count = min(count + max(1, count // 4), most)
     return best
 
 

@@ -287,14 +287,11 @@ def test_what_a_target_has(made, given, target, precision):
     ("target", "precision"),
     [
         ("cpu", "int8"),
-        pytest.param("cpu", "int8-dynamic", marks=pytest.mark.xfail(
-            raises=RuntimeError, strict=True,
-            reason="QuantizeDynamic reads layer.input, which it replaced for the layer before",
-        )),
+        ("cpu", "int8-dynamic"),
         ("cuda", "fp16"),
         ("tensorrt", "int8"),
     ],
-)  # fmt: skip
+)
 def test_layers_with_nothing_in_between(made, target, precision):
     path = made("chain", target=target, precision=precision, max_drift=0.2)
     assert record(path)["drift"]["passed"]

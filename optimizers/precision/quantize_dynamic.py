@@ -111,7 +111,8 @@ def _write(
     activations: dict[ir.Value, tuple[ir.Value, ...]],
 ) -> None:
     """Put the integer product in the place of the layer's MatMul."""
-    x, out = layer.input, layer.node.outputs[0]
+    x, out = layer.node.inputs[0], layer.node.outputs[0]  # as it is by now
+    assert x is not None
     nodes: list[ir.Node] = []
     if x not in activations:
         quantize = ir.node("DynamicQuantizeLinear", [x], num_outputs=3)
