@@ -87,8 +87,8 @@ class Manifest:
         passes: Each pass in order: `name`, `changed`, `ops` (count differences), `hits`, `notes`.
         fusions: Each kind of layer: `kind`, `fused`, `lifted`, `missed`; None where not recorded.
         parity: What was compared, and how far apart it was; None where there was no reference.
-        precision: Of a graph that is not float32: what was asked, how it was made, its drift, its
-            layers and the other candidates; None elsewhere.
+        precision: Of a graph that is not float32: how it was made, its drift, its layers; or None.
+        placement: Which nodes the kernels of its target do not take, and why; None for the CPU.
         tools: Versions that made it.
         files: For each other file: `bytes` and `sha256`. Filled in by `Staging.publish`.
         sha256: Of the manifest's own text without this field. Filled in by `Staging.publish`.
@@ -106,6 +106,7 @@ class Manifest:
     fusions: list[dict[str, Any]] | None = None
     parity: dict[str, Any] | None = None
     precision: dict[str, Any] | None = None
+    placement: dict[str, Any] | None = None
     runtime: dict[str, Any] = field(default_factory=lambda: {"onnxruntime": ORT_RANGE})
     tools: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)

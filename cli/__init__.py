@@ -3,6 +3,7 @@
     build.py   export, press, verify, bench: from a source to an artifact, and its proof
     graph.py   optimize, diff: from graph to graph, and what lies between two
     use.py     run, inspect, doctor: what an artifact and this machine can do
+    warm.py    warmup: engines and first runs before anybody waits for them
     show.py    progress, tables and JSON on the terminal
     texts.py   texts and feeds from arguments, JSON lines, .npz files and standard input
 
@@ -22,7 +23,7 @@ from typing import Any
 import click
 
 from ..errors import OnnxpressError
-from . import build, graph, look, use
+from . import build, graph, look, use, warm
 
 
 class _Terminated(KeyboardInterrupt):
@@ -80,5 +81,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (*build.COMMANDS, *graph.COMMANDS, *look.COMMANDS, *use.COMMANDS):
+for command in (*build.COMMANDS, *graph.COMMANDS, *look.COMMANDS, *use.COMMANDS, *warm.COMMANDS):
     main.add_command(command)

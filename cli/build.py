@@ -14,6 +14,8 @@ from ..press import bench as bench_artifact
 from ..press import export as export_source
 from ..press import press as press_source
 from ..press import verify as verify_artifact
+from ..press.optimize import TARGETS
+from ..press.wish import PRECISIONS
 from . import show
 from .look import tell_candidates, tell_gate, with_times
 
@@ -86,35 +88,52 @@ def publishing(command: Command) -> Command:
     return command
 
 
-def precision(*names: str) -> Callable[[Command], Command]:
+def precision(command: Command) -> Command:
     """The options of a change of precision."""
-
-    def decorate(command: Command) -> Command:
-        for option in (
-            click.option("--no-measure", "measure", is_flag=True, flag_value=False, default=True,
-                         help="Time nothing, and do not ask of a precision that it is faster."),
-            click.option("--prune", metavar="WHAT",
-                         help="Prune first: heads:0.25,ffn:0.25, weights:0.5, or 2:4."),
-            click.option("--half-io", is_flag=True,
-                         help="Inputs and outputs in fp16 or bf16 too."),
-            click.option("--calibrator",
-                         type=click.Choice(["minmax", "percentile", "entropy", "mse"]),
-                         help="How int8 finds the range of an activation; minmax by default."),
-            click.option("--max-drift", type=float, metavar="DRIFT",
-                         help="Budget of the mean drift; each task has one of its own."),
-            click.option("--eval", "evaluation", metavar="FILE", type=click.Path(),
-                         help="Examples to judge on; some are held out otherwise."),
-            click.option("--calibration", metavar="FILE", type=click.Path(),
-                         help="Examples to learn from; a small set of ours otherwise."),
-            click.option("--precision", default="fp32", show_default=True,
-                         type=click.Choice(names), help="What to compute in."),
-        ):  # fmt: skip
-            command = option(command)
-        return command
-
-    return decorate
+    for option in (
+        click.option("--no-measure", "measure", is_flag=True, flag_value=False, default=True,
+                     help="Time nothing, and do not ask of a precision that it is faster."),
+        click.option("--prune", metavar="WHAT",
+                     help="Prune first: heads:0.25,ffn:0.25, weights:0.5, or 2:4."),
+        click.option("--half-io", is_flag=True, help="Inputs and outputs in fp16 or bf16 too."),
+        click.option("--calibrator",
+                     type=click.Choice(["minmax", "percentile", "entropy", "mse"]),
+                     help="How int8 finds the range of an activation; minmax by default."),
+        click.option("--max-drift", type=float, metavar="DRIFT",
+                     help="Budget of the mean drift; each task has one of its own."),
+        click.option("--eval", "evaluation", metavar="FILE", type=click.Path(),
+                     help="Examples to judge on; some are held out otherwise."),
+        click.option("--calibration", metavar="FILE", type=click.Path(),
+                     help="Examples to learn from; a small set of ours otherwise."),
+        click.option("--precision", default="fp32", show_default=True,
+                     type=click.Choice(PRECISIONS), help="What to compute in."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
+class Shapes(click.ParamType[dict[str, tuple[int, int, int]]]):
+    """Ranges of sizes by dimension."""
+
+    name = "name=least:usual:most,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> dict[str, tuple[int, int, int]]:
+        """'batch=1:8:32' to {"batch": (1, 8, 32)}."""
+        from ..runtime.profiles import parse_shapes
+
+        return value if isinstance(value, dict) else parse_shapes(str(value))
+
+
+shapes = click.option(
+    "--shapes", type=Shapes(), help="Sizes that a TensorRT engine is built for: batch=1:8:32,..."
+)
+
+
+allow_fallback = click.option(
+    "--allow-fallback",
+    is_flag=True,
+    help="Publish even where the target lacks a kernel for a node.",
+)
 require_fused = click.option(
     "--require-fused", is_flag=True, help="Refuse a graph of which a layer stays unfused."
 )
@@ -130,9 +149,11 @@ def export(source: str, out: str, as_json: bool, **options: Any) -> None:
 
 @click.command()
 @_common
-@click.option("--target", default="cpu", show_default=True, type=click.Choice(["cpu"]),
+@click.option("--target", default="cpu", show_default=True, type=click.Choice(TARGETS),
               help="What to optimize for.")  # fmt: skip
-@precision("fp32", "int8", "int8-dynamic", "fp16", "auto")
+@precision
+@shapes
+@allow_fallback
 @require_fused
 def press(source: str, out: str, as_json: bool, **options: Any) -> None:
     """Export SOURCE, optimize it for a target, check it, measure it."""

@@ -12,9 +12,8 @@ from ..press import Difference
 from ..press import diff as compare
 from ..press import optimize as optimize_graph
 from ..press.optimize import TARGETS
-from ..press.wish import PRECISIONS
 from . import show
-from .build import precision, published, publishing, require_fused
+from .build import allow_fallback, precision, published, publishing, require_fused, shapes
 
 MOST = 12  # names in a list, past which a person wants --json
 
@@ -27,7 +26,9 @@ MOST = 12  # names in a list, past which a person wants --json
 @click.option("--until", metavar="PASS", help="Stop after this pass.")
 @click.option("--skip", metavar="PASS", multiple=True, help="Leave this pass out; repeatable.")
 @click.option("--with-onnxsim", is_flag=True, help="Let onnxsim simplify the graph too.")
-@precision(*PRECISIONS)
+@precision
+@shapes
+@allow_fallback
 @require_fused
 def optimize(source: str, out: str, as_json: bool, **options: Any) -> None:
     """Run the passes on an artifact or .onnx file, and check it against itself."""

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from .. import artifact
-from ..errors import MissingPackage, ProviderError
+from ..errors import MissingPackage, ProviderError, UsageError
 from . import show
 
 
@@ -20,20 +20,38 @@ from . import show
 @click.option("--passes", is_flag=True, help="Each pass: ops added and removed, hits, time.")
 @click.option("--precision", is_flag=True,
               help="Each layer: its precision, its sensitivity, why it is in float.")  # fmt: skip
+@click.option("--placement", is_flag=True,
+              help="Nodes per provider, copies, and the attention kernels chosen.")  # fmt: skip
+@click.option("--provider", metavar="NAME,...",
+              help="With --placement: other providers than the artifact is for.")  # fmt: skip
 @show.json_option
-def inspect(directory: str, fusions: bool, passes: bool, precision: bool, as_json: bool) -> None:
+def inspect(
+    directory: str,
+    fusions: bool,
+    passes: bool,
+    precision: bool,
+    placement: bool,
+    provider: str | None,
+    as_json: bool,
+) -> None:
     """Show DIR: its signature, op counts and placement, and what was done to it."""
     manifest = artifact.read_manifest(directory)
     artifact.check_files(directory, manifest, hashes=False)
+    if provider and not placement:
+        raise UsageError("--provider goes with --placement")
+    if placement:
+        placed = _placed(directory, provider or manifest.target["provider"])
+        show.json_line(placed) if as_json else _tell_placed(placed)
+        return
     if fusions or passes or precision:
         asked: dict[str, Any] = {"fusions": manifest.fusions} if fusions else {}
         asked |= {"passes": _timed(manifest, directory)} if passes else {}
         asked |= {"precision": with_times(manifest, directory)} if precision else {}
         show.json_line(asked) if as_json else _tell(asked)
         return
-    placement = _placement(directory)
+    counts_by_provider = _placement(directory)
     if as_json:
-        show.json_line({**asdict(manifest), "placement": placement})
+        show.json_line({**asdict(manifest), "placement": counts_by_provider})
         return
     source, parity = manifest.source, manifest.parity or {}
     click.echo(f"task       {manifest.task}")
@@ -53,7 +71,9 @@ def inspect(directory: str, fusions: bool, passes: bool, precision: bool, as_jso
             f"parity     {len(parity['points'])} points against {parity['reference']}, "
             f"max |difference| {worst:.1e}, {verdict}"
         )
-    click.echo("placement  " + ("; ".join(f"{k}: {v} nodes" for k, v in placement.items())))
+    click.echo(
+        "placement  " + ("; ".join(f"{k}: {v} nodes" for k, v in counts_by_provider.items()))
+    )
     for note in source.get("notes", []):
         click.echo(f"note       {note}")
     click.echo()
@@ -195,6 +215,45 @@ def tell_candidates(candidates: list[dict[str, Any]]) -> None:
     ]
     times = (f"{shape} ms" for shape in shapes)
     show.table(rows, ("  candidate", "drift", "passed", "MB", *times, "why not"))
+
+
+def _placed(directory: str, provider: str) -> dict[str, Any]:
+    """Where the nodes lie when they may lie anywhere, as one value for JSON."""
+    from ..runtime import Session
+    from ..runtime.attention_kernels import attention_kernels
+
+    session = Session(directory, provider=provider, allow_fallback=True)
+    found = session.placement()
+    elsewhere = [asdict(n) for n in session.elsewhere()]
+    kernels = None if elsewhere else attention_kernels(directory, session.provider)
+    return {
+        "provider": session.provider,
+        "nodes": found.counts,
+        "memcpy": found.memcpy,
+        "elsewhere": elsewhere,
+        "kernels": None if kernels is None else [asdict(k) for k in kernels],
+    }
+
+
+def _tell_placed(placed: dict[str, Any]) -> None:
+    nodes = "; ".join(f"{k}: {v} nodes" for k, v in placed["nodes"].items())
+    memcpy = "unknown" if placed["memcpy"] is None else placed["memcpy"]
+    click.echo(f"placement  {nodes}\nmemcpy     {memcpy}")
+    if placed["elsewhere"]:
+        click.echo(f"elsewhere  {len(placed['elsewhere'])} nodes not on {placed['provider']}")
+        rows = [
+            (n["op"], n["name"], ", ".join(n["dtypes"]), n["provider"], n["why"])
+            for n in placed["elsewhere"]
+        ]
+        show.table(rows, ("op", "node", "dtypes", "provider", "why"))
+        click.echo("kernels    not asked for: nodes lie elsewhere")
+    elif placed["kernels"] is None:
+        click.echo("kernels    not reported by this provider")
+    elif not placed["kernels"]:
+        click.echo("kernels    no attention node ran")
+    else:
+        chosen = [(k["op"], k["node"], k["dtype"], k["kernel"]) for k in placed["kernels"]]
+        show.table(chosen, ("attention", "node", "dtype", "kernel"))
 
 
 def _placement(directory: str) -> dict[str, int]:

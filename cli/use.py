@@ -32,12 +32,19 @@ MOST_IN_TABLE = 20  # texts of which a table of similarities still fits a termin
 @click.option("--question", metavar="TEXT", help="What an answer model looks for in the texts.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--no-truncate", is_flag=True, help="Refuse text that is too long for the model.")
-@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt.",
-              type=click.Choice(["cpu", "cuda", "tensorrt"]))  # fmt: skip
+@click.option("--provider", default="cpu", show_default=True, metavar="NAME,...",
+              help="cpu, cuda, tensorrt, ...: the first that takes every node.")  # fmt: skip
+@click.option("--allow-fallback", is_flag=True,
+              help="Spread the nodes over the providers, the CPU last.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="Threads of one run on the CPU.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON a record.")
 def run(
-    directory: str, provider: str, threads: int | None, no_truncate: bool, **asked: Any
+    directory: str,
+    provider: str,
+    allow_fallback: bool,
+    threads: int | None,
+    no_truncate: bool,
+    **asked: Any,
 ) -> None:
     """Run DIR on texts, files or standard input."""
     manifest = artifact.read_manifest(directory)
@@ -50,13 +57,28 @@ def run(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", runtime.TruncationWarning)
         model = runtime.load(
-            directory, provider=provider, threads=threads, truncate=not no_truncate
+            directory,
+            provider=provider,
+            allow_fallback=allow_fallback,
+            threads=threads,
+            truncate=not no_truncate,
         )
+        if "," in provider or allow_fallback:
+            session = model if isinstance(model, runtime.Session) else model.session
+            _tell_provider(session, spread=allow_fallback)
         rows = _RUN[manifest.task](model, asked)
         for row in rows:
             show.json_line(row) if asked["as_json"] else click.echo(_plain(row))
     for text in dict.fromkeys(str(w.message) for w in caught):
         click.secho(f"warning: {text}", fg="yellow", err=True)
+
+
+def _tell_provider(session: Any, *, spread: bool) -> None:
+    """Who took the nodes, and why those before it did not, on standard error."""
+    for one in session.skipped:
+        click.echo(f"skipped    {one}", err=True)
+    took = str(session.placement()) if spread else "every node"
+    click.echo(f"provider   {session.provider}: {took}", err=True)
 
 
 def _embed(model: Any, asked: dict[str, Any]) -> Any:
@@ -159,6 +181,9 @@ def doctor(as_json: bool) -> None:
         click.echo(f"{mark}  {c.name}: {c.detail}")
         if c.fix:
             click.echo(f"         mend it with: {c.fix}")
+    works = {c.name for c in found if c.works}
+    if "provider cpu" in works and not works & {"provider cuda", "provider tensorrt"}:
+        click.echo("\nModels for the CPU run here; a GPU is needed by those pressed for one.")
 
 
 COMMANDS = (run, doctor)

@@ -90,6 +90,7 @@ def check(
     outputs: Sequence[TensorSpec] = (),
     *,
     seed: int = 0,
+    right: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Parity:
     """Run a graph against its reference at `AT_LEAST` points or more.
@@ -100,13 +101,14 @@ def check(
         inputs: The graph's inputs; the dimensions named there are the ones that vary.
         outputs: The graph's outputs; what their shapes say is held against what comes out.
         seed: Of the fresh values; the same seed gives the same points and values.
+        right: Whether the graph takes masks that pad on the right alone, and no row throughout.
         progress: Told each point.
 
     Raises:
         ExportError: The reference itself takes fewer points than `AT_LEAST`.
     """
     found = Parity(reference.name)
-    points = Points(reference, inputs, seed=seed)
+    points = Points(reference, inputs, seed=seed, right=right)
     found.constant = points.constant()
     seen: dict[str, set[int]] = {name: set() for name in points.traced}
     for point in points:

@@ -24,6 +24,7 @@ from ..artifact import TensorSpec, evaluate
 from .reference import Array, Feeds, Reference
 
 HUGE = -1e4  # the mildest number that is in use for "minus infinity" (float16's)
+MASKS = ("ragged", "ragged left", "row 0 all 0", "row 0 all 1")
 HIGHS = (2, 8, 64, 1024)  # bounds to try for integers of which the example shows too little
 
 
@@ -43,10 +44,18 @@ class Point:
 
 
 class Points:
-    """The points for one reference, and the feeds at each."""
+    """The points for one reference, and the feeds at each; with `right` masks pad there alone."""
 
-    def __init__(self, reference: Reference, inputs: Sequence[TensorSpec], *, seed: int) -> None:
+    def __init__(
+        self,
+        reference: Reference,
+        inputs: Sequence[TensorSpec],
+        *,
+        seed: int,
+        right: bool = False,
+    ) -> None:
         self.reference, self.inputs, self.seed = reference, inputs, seed
+        self.masks = MASKS[:1] if right else MASKS
         self.traced: dict[str, int] = {}
         for spec in inputs:
             for dim, size in zip(spec.shape, reference.examples[spec.name].shape, strict=True):
@@ -84,8 +93,7 @@ class Points:
             points += [point({n: 0}) for n in past]
             points += [point({batch: 1, n: 600}) for n in past]
         if {"mask", "additive mask"} & set(self.kinds.values()):
-            masks = ("ragged", "ragged left", "row 0 all 0", "row 0 all 1")
-            points += [point(mask=m) for m in masks]
+            points += [point(mask=m) for m in self.masks]
             points += [point(longer, "ragged")]
         yield from dict.fromkeys(points)
         sizes = tuple(self.traced.items())

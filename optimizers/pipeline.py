@@ -50,9 +50,11 @@ from .lower.expand_rotary_cache import ExpandRotaryCache
 from .lower.fuse_bias_gelu import FuseBiasGelu
 from .lower.fuse_dynamic_matmul import FuseDynamicMatmul
 from .lower.fuse_embedding import FuseEmbedding
+from .lower.fuse_group_query_attention import FuseGroupQueryAttention
 from .lower.fuse_integer_matmul import FuseIntegerMatmul
 from .lower.fuse_skip_layer_normalization import FuseSkipLayerNormalization
 from .lower.pack_attention import PackAttention
+from .lower.read_sizes_whole import ReadSizesWhole
 from .lower.skip_empty_masks import SkipEmptyMasks
 from .lower.soften_attention_mask import SoftenAttentionMask
 from .outcome import Miss, Outcome
@@ -185,17 +187,20 @@ def lower(target: Target, change: Sequence[ir.passes.PassBase] = ()) -> list[ir.
     """Write the form that the kernels of `target` take, and run fastest."""
     rules: list[tuple[str, ir.passes.PassBase]] = [
         ("EmbedLayerNormalization", FuseEmbedding()),  # before Skip, which takes its last sum
-        ("Attention", PackAttention()),  # before masks are widened: it reads their source
+        ("Attention", PackAttention(right=target.padding == "right")),  # before masks are widened
         ("SkipLayerNormalization", FuseSkipLayerNormalization()),
         ("BiasGelu", FuseBiasGelu()),
         ("MatMulIntegerToFloat", FuseIntegerMatmul()),  # takes the bias, where no rule above did
         ("MatMulIntegerToFloat", FuseDynamicMatmul()),
     ]
     return [
+        *([FuseGroupQueryAttention()] if target.precision in target.shares_cache else []),
+        # (first: it reads masks as they were exported)
         *(rule for op, rule in rules if f"com.microsoft::{op}" in target.ops),
         *([] if target.reads_lowest_float else [SoftenAttentionMask()]),
         *([] if target.broadcasts_attention_mask else [ExpandAttentionMask()]),
         *([] if target.broadcasts_rotary_cache else [ExpandRotaryCache()]),
+        *([ReadSizesWhole()] if target.sizes_on_host else []),  # those of the Expands too
         *change,  # of types: bodies would stay in float32
         *([SkipEmptyMasks()] if target.skips_empty_masks else []),  # last: no pass sees branches
     ]
@@ -265,25 +270,27 @@ def run_passes(
         observers, until, skip: See `optimize`, which says what is raised, too.
         first: The index of the first pass, where others ran before.
     """
-    with _without_output_names(model):
-        return _run(model, todo, tuple(observers), until, frozenset(skip), first)
+    with _without_output_names(model) as declared:
+        return _run(model, todo, tuple(observers), until, frozenset(skip), first, declared)
 
 
 @contextlib.contextmanager
-def _without_output_names(model: ir.Model) -> Iterator[None]:
+def _without_output_names(model: ir.Model) -> Iterator[dict[str | None, ir.Shape | None]]:
     """Hide what an exporter called the sizes of outputs, and give it back at the end.
 
     No one checks those names: torch takes `dynamic_axes` of outputs as they are given, and a size
-    that is called like an input's, but is not its, would prove what is not so.
+    that is called like an input's, but is not its, would prove what is not so. What is taken out of
+    the dict is not given back: a pass that changes the signature knows better.
     """
-    declared = [v.shape for v in model.graph.outputs]
+    declared = {v.name: v.shape for v in model.graph.outputs}
     for value in model.graph.outputs:
         if value.shape is not None and not value.is_graph_input():
             value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
     try:
-        yield
+        yield declared
     finally:
-        for value, shape in zip(model.graph.outputs, declared, strict=False):
+        for value in model.graph.outputs:
+            shape = declared.get(value.name)
             if shape is not None and not value.is_graph_input():
                 value.shape = shape
 
@@ -295,6 +302,7 @@ def _run(
     until: str | None,
     skip: frozenset[str],
     first: int,
+    declared: dict[str | None, ir.Shape | None],
 ) -> list[Step]:
     names = [pass_name(p) for p in todo]
     _check_names(names, {*skip, *([until] if until else [])})
@@ -308,6 +316,9 @@ def _run(
                     result = p(model)
                 if getattr(p, "changes_signature", False):  # it was asked to
                     signature = _signature(model)
+                    for value in model.graph.outputs:
+                        if value.shape is not None and not value.shape.has_unknown_dim():
+                            declared.pop(value.name, None)
                 _check_signature(name, signature, _signature(model))
             except Exception as e:
                 e.add_note(f"raised by pass {index}, {name}")

@@ -26,13 +26,12 @@ Rooms that load torch are imported inside the functions, so that `import onnxpre
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from ..artifact import Manifest
-from ..errors import UsageError
 from .diff import Difference, diff
-from .optimize import optimize
+from .optimize import check_target, optimize
 from .proof import Finding, verify
 from .road import Order, road
 from .timing import bench
@@ -45,6 +44,7 @@ __all__ = ["Difference", "Finding", "bench", "diff", "export", "optimize", "pres
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[str], None]
+Shapes = Mapping[str, tuple[int, int, int]]
 
 
 def export(
@@ -96,27 +96,37 @@ def press(
     calibrator: str | None = None,
     prune: str | None = None,
     half_io: bool = False,
+    shapes: Shapes | None = None,
     require_fused: bool = False,
     force: bool = False,
     allow_drift: bool = False,
+    allow_fallback: bool = False,
     trust_pickle: bool = False,
     measure: bool = True,
     progress: Progress = lambda _: None,
 ) -> Manifest:
     """Export a model, optimize it for a target, check and measure it, and publish it.
 
+    A graph for another target than the CPU is checked on the CPU: its numbers in float32, its
+    drift in a form that rounds as the target does. Where its kernels have no place for a node, the
+    graph is refused, and the node is named.
+
     Args:
-        target: What it is lowered for: cpu.
-        precision: fp32, int8 (static), int8-dynamic, fp16, or auto: the fastest that passes the
-            gate. What drifts past the budget loses layers to float until it does not; what is not
-            faster than fp32 is refused.
+        target: What it is lowered for: cpu, openvino, cuda or tensorrt.
+        precision: fp32, int8 (static), int8-dynamic, fp16, bf16, or auto: the fastest that passes
+            the gate; each target has some of them. What drifts past the budget loses layers to
+            float until it does not; what is not faster than fp32 on the CPU is refused.
         calibration: Examples to learn from: a .jsonl, .txt or .npz file, or a directory of .npz;
             None for a small set of ours that the task has.
         evaluation: Examples that the gate judges on; None holds some out.
         max_drift: What the mean drift may be at most; None for the task's own (docs/precision.md).
         calibrator: Of static int8: minmax (where None), percentile, entropy or mse.
         prune: What is pruned first: "heads:0.25,ffn:0.25", "weights:0.5" or "2:4".
-        half_io: Whether inputs and outputs are fp16 too, with `precision` fp16.
+        half_io: Whether inputs and outputs are of that type too, with `precision` fp16 or bf16.
+        shapes: For tensorrt: the least, the usual and the largest size of each dimension that
+            varies, which its engine is built for; the session may name others.
+        allow_fallback: Publish even where the target has no kernel for a node: it would run on
+            the CPU, with a copy each way.
         require_fused: Refuse to publish where a layer stays unfused.
         measure: Time it against PyTorch and keep the table in measured.json; where False, speed
             does not decide about the precision either.
@@ -124,11 +134,7 @@ def press(
     The other arguments, what is returned and what is raised are those of `export`; GateError too
     where `require_fused` finds a layer, or where no graph of the precision meets the budget.
     """
-    if target != "cpu":
-        raise UsageError(
-            f"the target {target!r} cannot be pressed for yet",
-            hint="this version presses for: cpu; `onnxpress optimize` lowers for others too",
-        )
+    check_target(target, shapes)
     order = Order(
         source,
         out,
@@ -136,9 +142,11 @@ def press(
         require_fused=require_fused,
         force=force,
         allow_drift=allow_drift,
+        allow_fallback=allow_fallback,
         times=measure,
         measure=measure,
         wish=wish_of(precision, calibration, evaluation, max_drift, calibrator, prune, half_io),
+        shapes=dict(shapes or {}),
         progress=progress,
     )
     return road(order, lambda: _resolved(source, task, trust_pickle))

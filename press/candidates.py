@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import onnx_ir as ir
 
 from ..errors import UsageError
-from ..optimizers import TARGETS
+from ..optimizers import TARGETS, Target
+from ..optimizers.lower.fuse_group_query_attention import shared_caches
 from ..optimizers.outcome import Outcome
+from ..optimizers.placeable import unplaced
 from ..optimizers.pipeline import Change, lowered, pass_name, run_passes
 from ..optimizers.precision.convert_floats import ConvertFloats
 from ..optimizers.precision.emulate_floats import EmulateFloats
@@ -27,10 +31,7 @@ from ..optimizers.precision.quantize_static import Scheme
 from ..optimizers.precision.quantized import already_quantized
 from .lab import Attempt, Lab
 from .record import precision_of
-from .wish import Pruning
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
+from .wish import Pruning, Wish
 
 Progress = Callable[[str], None]
 
@@ -91,7 +92,44 @@ _WHY_NOT = {
     "the CPU, with a copy each way",
     ("tensorrt", "int8-dynamic"): "TensorRT takes no scales that are computed at run time",
     ("cpu", "bf16"): "ONNX Runtime has no bf16 kernels on the CPU",
+    ("openvino", "fp16"): "on a CPU it computes float16 in float32 or bfloat16",
+    ("openvino", "int8-dynamic"): "it makes float MatMuls of scales that are computed at run time",
 }
+
+
+def maker(
+    lab: Lab,
+    target: Target,
+    precision: str,
+    pruning: list[ir.passes.InPlacePass],
+    wish: Wish,
+    progress: Progress,
+) -> Maker:
+    """What makes the candidates of a precision for a target; the functions below say how.
+
+    Raises:
+        UsageError: The model has nothing to change, or the target cannot be judged here.
+    """
+    match precision:
+        case "fp32":
+            return float32(lab, pruning, target)
+        case "int8":
+            return int8(lab, pruning, wish.calibrator, progress, target)
+        case "int8-dynamic":
+            return dynamic(lab, pruning)
+        case _ if target.name == "openvino":
+            return hinted(lab, pruning, precision, target, half_io=wish.half_io)
+        case _:
+            return halves(lab, pruning, precision, wish.half_io, progress)
+
+
+def _native(target: Target, precision: str) -> dict[str, str] | None:
+    """Provider options that a target's own graph is judged with; None where a stand-in is."""
+    from ..runtime import openvino
+
+    if target.name != "openvino" or openvino.missing():
+        return None
+    return openvino.options(precision)
 
 
 # Pruning --------------------------------------------------------------------------------------
@@ -170,30 +208,68 @@ def _layers(model: ir.Model) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
     return tuple(found), tuple(notes)
 
 
-def float32(lab: Lab, pruning: list[ir.passes.InPlacePass]) -> Maker:
+def float32(lab: Lab, pruning: list[ir.passes.InPlacePass], target: Target) -> Maker:
     """fp32: the pruned graph, or the graph itself."""
-    return Maker(lambda _: lab.attempt("fp32", Change(base=pruning)))
+    change, options = Change(base=pruning), _native(target, "fp32")
+    return Maker(lambda _: lab.attempt("fp32", change, target=target, options=options))
+
+
+def hinted(
+    lab: Lab,
+    pruning: list[ir.passes.InPlacePass],
+    precision: str,
+    target: Target,
+    *,
+    half_io: bool,
+) -> Maker:
+    """bf16 as an option of the session: the graph is that of float32, and has no stand-in.
+
+    Raises:
+        UsageError: The provider is not here to judge it, or inputs were to be half as well.
+    """
+    from ..runtime import openvino
+
+    if half_io:
+        raise UsageError(f"--half-io has no use with {target.name}: its graph stays in float32")
+    if why := openvino.missing():
+        raise UsageError(
+            f"{precision} for {target.name} is an option of its session, and judged there alone",
+            hint=why,
+        )
+    change, options = Change(base=pruning), openvino.options(precision)
+    return Maker(
+        lambda _: lab.attempt(precision, change, target=target, options=options),
+        recipe={"computed_in": f"{precision}, by an option of the session"},
+    )
 
 
 def int8(
-    lab: Lab, pruning: list[ir.passes.InPlacePass], calibrator: str, progress: Progress
+    lab: Lab,
+    pruning: list[ir.passes.InPlacePass],
+    calibrator: str,
+    progress: Progress,
+    target: Target,
 ) -> Maker:
     """Static int8, with all that helps: smoothing, compensated rounding, corrected biases."""
-    kind = lab.target.quantized
+    kind, options = target.quantized, _native(target, "int8")
     assert kind is not None
     start = _applied(lab.base, pruning)
     found, notes = _layers(start)
-    config = Int8(Scheme(kind), calibrator=calibrator)
-    learned = learn(start, config, lab.run, lab.batches, real=lab.real, progress=progress)
+    if kind not in lab.learned:  # targets with integers of one kind learn the same
+        config = Int8(Scheme(kind), calibrator=calibrator)
+        lab.learned[kind] = learn(
+            start, config, lab.run, lab.batches, real=lab.real, progress=progress
+        )
+    learned = lab.learned[kind]
     by_value = {s.value: s.alpha for s in learned.smoothings}
 
     # TensorRT reads scales that are constants, and those of a looked-up row are not.
-    tables = [QuantizeEmbeddings()] if kind == "uint8" else []
+    scales = {} if target.takes_bfloat16 else {"scales": ir.DataType.FLOAT}
+    tables = [QuantizeEmbeddings(**scales)] if kind == "uint8" else []
 
     def make(keep: Collection[str]) -> Attempt:
-        return lab.attempt(
-            "int8", Change(base=[*pruning, *learned.passes(keep), *tables]), kept=keep
-        )
+        change = Change(base=[*pruning, *learned.passes(keep), *tables])
+        return lab.attempt("int8", change, kept=keep, target=target, options=options)
 
     if learned.constant:
         never = f"{len(learned.constant)} activations never change on the calibration data: "
@@ -246,22 +322,31 @@ def halves(
     # What a fused kernel holds inside cannot be seen: the CPU's graph is probed, which is nearer
     # to the base graph, and without branches, which are written after types.
     graph, probed = start.clone(), start.clone()
-    run_passes(graph, lowered(replace(lab.target, skips_empty_masks=False)))
+    target = replace(lab.target, precision=precision)
+    run_passes(graph, lowered(replace(target, skips_empty_masks=False)))
+    caches = shared_caches(graph)
     run_passes(probed, lowered(replace(TARGETS["cpu"], skips_empty_masks=False)))
     peaks = observe_peaks(probed, lab.run, list(lab.batches()))
     wide = overflows(probed, peaks, precision)
     names = {o.node for o in wide}
+    trial = start.clone()
+    convert = ConvertFloats(
+        precision, keep=_within(graph, names, probed), keep_io=not half_io, half=caches
+    )
+    run_passes(trial, lowered(target, Change(lowered=[convert])))
+    lacking = {u.node: u for u in unplaced(trial, target)}
 
     def make(keep: Collection[str]) -> Attempt:
         kept = names | {nodes[k] for k in keep}
-        inside = _within(graph, kept, probed)
-        convert = ConvertFloats(precision, keep=inside, keep_io=not half_io)
+        inside = _within(graph, kept, probed) | set(lacking)
+        convert = ConvertFloats(precision, keep=inside, keep_io=not half_io, half=caches)
         shown = [ConvertFloats(precision, keep=kept), EmulateFloats()]
         return lab.attempt(
             precision,
             Change(base=pruning, lowered=[convert]),
             stand_in=Change(base=pruning, lowered=shown),
             kept=keep,
+            target=target,
         )
 
     reasons = {
@@ -271,6 +356,7 @@ def halves(
         if o.node in (label(layer.node), label(layer.add) if layer.add else None)
     }
     notes = {o.node: f"stays in float32: {o}" for o in wide}
+    notes |= {name: f"stays in float32: {u.op} {name!r}: {u.why}" for name, u in lacking.items()}
     recipe = {
         "kept_in_float32": sorted(_within(graph, names, probed)),
         "inputs_and_outputs": precision if half_io else "fp32",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .. import artifact
 from ..artifact import Manifest
 from .common import graph_signature
-from .record import recorded
+from .record import kv_of, placement_of, recorded, target_of
 from .timing import default_shapes, time_against, time_sessions
 from .trial import open_staged
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..exporter import Reference
     from ..optimizers import Step
     from ..runtime import Session
-    from .lab import Found
+    from .lab import Found, Lab
     from .road import Given, Order
 
 
@@ -163,12 +163,15 @@ def change_precision(
     notes = manifest.source["notes"]
     if session is None:
         notes = [*notes, f"not run as it is, for the CPU cannot: {why_not}"]
-    inputs, outputs = (
-        graph_signature(model) if wish.half_io else (manifest.inputs, manifest.outputs)
-    )
-    kv = manifest.kv
-    if kv is not None and wish.half_io:
+    kv = kv_of(manifest.kv, model)
+    shared = kv is not None and kv.get("layout") == "shared"
+    if shared:
+        _check_shared(order, lab, found, reference)
+    elif kv is not None and wish.half_io:
         kv = {**kv, "dtype": {"fp16": "float16", "bf16": "bfloat16"}[found.precision]}
+    inputs, outputs = manifest.inputs, manifest.outputs
+    if shared or wish.half_io:
+        inputs, outputs = graph_signature(model)
     manifest = replace(
         manifest,
         inputs=inputs,
@@ -179,6 +182,42 @@ def change_precision(
         ops=count_ops(model),
         passes=[recorded(s) for s in steps],
         precision=found.record,
+        placement=placement_of(model, target_of(found.chosen.target, source.task)),
     )
     worst = worst_examples(sets.evaluation, drift)
     return Pressed(manifest, session, steps, found, lab.float32.session, worst)
+
+
+def _check_shared(order: Order, lab: Lab, found: Found, reference: Reference) -> None:
+    """Hold the form with one buffer for past and present against its reference, in float32.
+
+    Of a pruned graph that is the graph before it was lowered: the source computes something else.
+
+    Raises:
+        GateError: It computes something else.
+    """
+    from .. import exporter
+    from ..optimizers import TARGETS
+    from ..optimizers.pipeline import Change
+    from .shared_cache import as_concat, seen_alone
+
+    chosen = found.chosen
+    change = Change(base=chosen.change.base)
+    order.progress("check the shared cache")
+    if order.wish.pruning:
+        before = lab.attempt("before", change, target=TARGETS["cpu"]).session
+        reference = replace(
+            reference,
+            name="the pruned graph",
+            run=lambda feeds: list(before.run(feeds).values()),
+            prepare=lambda feeds: lambda: before.run(feeds),
+        )
+    target = target_of(chosen.target, lab.manifest.task, found.precision)
+    shared, session = lab.as_it_is(change, target)
+    kv = kv_of(lab.manifest.kv, shared)
+    assert kv is not None
+    parity = exporter.check(
+        seen_alone(reference), as_concat(session.run, kv), graph_signature(lab.base)[0], ()
+    )
+    if not order.allow_drift:
+        exporter.refuse(parity, what="the graph with one shared cache")

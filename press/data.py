@@ -315,8 +315,18 @@ class _Reader(Generator):
         return [_cut(t, most, 0) for t in self._encode(text)]
 
     def first(self, input_ids: Array, mask: Array) -> Feeds:
-        """The feeds of that one run."""
-        return self._first(input_ids, mask)
+        """The feeds of that one run; its cache is empty, and grows by concatenation."""
+        kv = self.manifest.kv
+        assert kv is not None
+        places = [{"layer": n, "part": p} for n in range(kv["layers"]) for p in ("key", "value")]
+        empty = np.zeros((len(mask), kv["kv_heads"], 0, kv["head_dim"]), kv["dtype"])
+        feeds: Feeds = {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "position_ids": np.maximum(mask.cumsum(1) - 1, 0),
+            **dict.fromkeys((kv["past"].format(**p) for p in places), empty),
+        }
+        return {name: array for name, array in feeds.items() if name in self._names}
 
 
 class _Teacher(Translator):

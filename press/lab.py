@@ -14,14 +14,16 @@ from .. import artifact
 from ..artifact import Manifest
 from ..optimizers import TARGETS
 from ..optimizers.pipeline import NO_CHANGE, Change, lower, lowered, run_passes
+from ..optimizers.precision.learn_int8 import Learned
 from ..optimizers.precision.split_gemm import SplitGemm
 from .data import Feeds, Sets, feeds_of, real_tokens
 from .drift import Drift, evaluator_of
+from .record import target_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from ..optimizers import Step
+    from ..optimizers import Step, Target
     from ..optimizers.pipeline import Observer
     from ..runtime import Session
 
@@ -34,11 +36,14 @@ class Attempt:
         name: What it is called in tables.
         model: The graph for the target.
         steps: What the passes after the base graph did.
-        session: It, on the CPU; of another target's graph the same numbers in the CPU's form.
+        session: It, where its target can run here; else the same numbers in the CPU's form.
         path: Where that session's files lie.
         search: Drift on what choices are made on; None until it was asked for.
         drift: Drift on what the gate judges on; None until it was asked for.
         kept: Names of the layers that stay in float.
+        target: A name of `TARGETS`: what `model` was lowered for.
+        change: The passes that made it.
+        options: Provider options that it was judged with, and that it is to run with.
     """
 
     name: str
@@ -49,6 +54,9 @@ class Attempt:
     search: Drift | None = None
     drift: Drift | None = None
     kept: tuple[str, ...] = ()
+    target: str = "cpu"
+    change: Change = NO_CHANGE
+    options: dict[str, str] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -62,7 +70,7 @@ class Lab:
 
     Args:
         base: The base graph, in float32; its Gemms become MatMuls, and nameless nodes get names.
-        target: A name of `TARGETS`.
+        target: A name of `TARGETS`; of a candidate another one may be given.
         sets: The examples of each use.
         manifest: Of the float32 artifact: the task and its settings.
         files: The task's files (tokenizer), by name.
@@ -84,12 +92,13 @@ class Lab:
         first: int = 0,
         observers: Sequence[Observer] = (),
     ) -> None:
-        self.base, self.target, self.sets = base, TARGETS[target], sets
+        self.base, self.target, self.sets = base, target_of(target, manifest.task), sets
         self.manifest, self.files, self.folder = manifest, files, folder
         self.budget, self.first, self.observers = budget, first, tuple(observers)
         SplitGemm()(base)  # a layer is a MatMul from here on
         common.NameFixPass()(base)  # and nodes go by their names
         self._count, self.watching = 0, False
+        self.learned: dict[str, Learned] = {}  # by what activations become; see `candidates.int8`
         self.float32 = self.attempt("fp32")
         self.watching = True
         self.float32.session.manifest = manifest
@@ -133,29 +142,47 @@ class Lab:
         *,
         stand_in: Change | None = None,
         kept: Iterable[str] = (),
+        target: Target | None = None,
+        options: Mapping[str, str] | None = None,
     ) -> Attempt:
-        """Build a candidate and open it on the CPU.
+        """Build a candidate, and open it where its target runs here, or in the CPU's form.
 
         Args:
             name: For tables.
             change: The passes that make it.
             stand_in: Those that make its numbers on the CPU, where the target is another one.
             kept: Layers that stay in float, for the record.
+            target: What to lower for, where it is not the lab's own target.
+            options: Provider options, where the target runs here; see `runtime.openvino`.
 
         Raises:
-            ArtifactError, ProviderError: ONNX Runtime does not open it.
+            ArtifactError, ProviderError: ONNX Runtime does not open it, or the provider does not
+                take every node.
         """
+        target = target or self.target
         model = self.base.clone()
         observers = self.observers if self.watching else ()
-        steps = run_passes(
-            model, lowered(self.target, change), observers=observers, first=self.first
-        )
+        steps = run_passes(model, lowered(target, change), observers=observers, first=self.first)
         shown = model
-        if self.target.name != "cpu":
+        if target.name != "cpu" and options is None:
             shown = self.base.clone()
             run_passes(shown, lowered(TARGETS["cpu"], stand_in or change))
-        session, path = self._open(shown, optimize=None)
-        return Attempt(name, model, steps, session, path, kept=tuple(kept))
+        on = target.name if options is not None else "cpu"
+        session, path = self._open(shown, optimize=None, provider=on, options=options)
+        return Attempt(
+            name, model, steps, session, path,
+            kept=tuple(kept), target=target.name, change=change, options=dict(options or {}),
+        )  # fmt: skip
+
+    def as_it_is(self, change: Change, target: Target) -> tuple[ir.Model, Session]:
+        """The graph for a target, and a session of that very graph on the CPU.
+
+        Raises:
+            ArtifactError, ProviderError: ONNX Runtime does not open it there.
+        """
+        model = self.base.clone()
+        run_passes(model, lowered(target, change))
+        return model, self._open(model, optimize=False)[0]
 
     def search(self, attempt: Attempt) -> Drift:
         """Its drift on what choices are made on."""
@@ -173,7 +200,14 @@ class Lab:
         """Remove the files of a candidate that nobody will ask for again."""
         shutil.rmtree(attempt.path, ignore_errors=True)
 
-    def _open(self, model: ir.Model, *, optimize: bool | None) -> tuple[Session, Path]:
+    def _open(
+        self,
+        model: ir.Model,
+        *,
+        optimize: bool | None,
+        provider: str = "cpu",
+        options: Mapping[str, str] | None = None,
+    ) -> tuple[Session, Path]:
         from ..runtime import Session
 
         self._count += 1
@@ -181,7 +215,14 @@ class Lab:
         path.mkdir()
         artifact.save_model(model.clone(), path)
         disabled = TARGETS["cpu"].disabled_optimizers
-        return Session(path, optimize=optimize, disabled_optimizers=disabled), path
+        session = Session(
+            path,
+            provider=provider,
+            provider_options={provider: options} if options else None,
+            optimize=optimize,
+            disabled_optimizers=disabled,
+        )
+        return session, path
 
 
 Progress = Callable[[str], None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from .wish import wish_of
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-TARGETS = ("cpu", "cuda", "tensorrt")
+TARGETS = ("cpu", "openvino", "cuda", "tensorrt")
 
 
 def optimize(
@@ -35,9 +35,11 @@ def optimize(
     calibrator: str | None = None,
     prune: str | None = None,
     half_io: bool = False,
+    shapes: Mapping[str, tuple[int, int, int]] | None = None,
     measure: bool = True,
     force: bool = False,
     allow_drift: bool = False,
+    allow_fallback: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Optimize an ONNX file or an artifact for a target, check it against itself, publish it.
@@ -49,15 +51,16 @@ def optimize(
     Args:
         source: An .onnx file, or the directory of an artifact.
         out: The artifact directory to write; never `source` itself.
-        target: cpu, cuda or tensorrt.
+        target: cpu, openvino, cuda or tensorrt.
         until: Stop after the first pass of this name.
         skip: Names of passes to leave out.
         require_fused: Refuse to publish where a layer stays unfused.
         with_onnxsim: Let onnxsim simplify the graph too.
         precision, calibration, evaluation, max_drift, calibrator, prune,
-            half_io: As in `press`; bf16 too, for cuda and tensorrt.
+            half_io, shapes: As in `press`.
         measure: Whether a change of precision has to be faster too; for cpu alone.
         force: Replace an artifact that is at `out`.
+        allow_fallback: Publish even where the target has no kernel for a node.
         allow_drift: Publish even where the check fails, and record it.
         progress: Told each step as it begins.
 
@@ -71,8 +74,7 @@ def optimize(
         UsageError: The source cannot be read, no pass has that name, or `out` cannot be written.
     """
     spec, path = os.fspath(source), Path(source)
-    if target not in TARGETS:
-        raise UsageError(f"there is no target {target!r}", hint="one of " + ", ".join(TARGETS))
+    check_target(target, shapes)
     _check_source(path)
     _check_apart(path, Path(out))
     wish = wish_of(precision, calibration, evaluation, max_drift, calibrator, prune, half_io)
@@ -86,12 +88,29 @@ def optimize(
         require_fused=require_fused,
         force=force,
         allow_drift=allow_drift,
+        allow_fallback=allow_fallback,
         times=True,
         measure=measure and bool(wish),
         wish=wish,
+        shapes=dict(shapes or {}),
         progress=progress,
     )
     return road(order, lambda: _artifact(path) if path.is_dir() else _file(spec))
+
+
+def check_target(target: str, shapes: Mapping[str, tuple[int, int, int]] | None) -> None:
+    """Refuse a target that there is not, and shapes for one that takes any.
+
+    Raises:
+        UsageError: It is so.
+    """
+    if target not in TARGETS:
+        raise UsageError(f"there is no target {target!r}", hint="one of " + ", ".join(TARGETS))
+    if shapes and target != "tensorrt":
+        raise UsageError(
+            f"shapes have no use with the target {target}: it takes any",
+            hint="--shapes is for --target tensorrt, whose engines are built for a range",
+        )
 
 
 def _check_source(path: Path) -> None:

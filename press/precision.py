@@ -14,7 +14,9 @@ from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GateError, OnnxpressError, UsageError
+from ..optimizers import TARGETS, Target
 from ..optimizers.precision.layers import Layer, layers
+from ..runtime import openvino
 from . import candidates
 from .candidates import Maker
 from .evaluator import plain
@@ -22,8 +24,6 @@ from .lab import Attempt, Found, Lab
 from .wish import Pruning, Wish
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from ..runtime import Session
     from .drift import Drift
 
@@ -31,6 +31,7 @@ Progress = Callable[[str], None]
 Clock = Callable[[dict[str, "Session"]], list[dict[str, Any]]]
 """Times sessions against each other: rows of sizes and `ms`, a median for each name."""
 
+OPENVINO = TARGETS["openvino"]  # runs on the CPU too, so `auto` tries it beside
 SINGLY = 96  # layers, above which sensitivity is measured by kind: each takes a session
 
 
@@ -40,6 +41,8 @@ class Row:
 
     name: str
     attempt: Attempt | None
+    precision: str
+    target: Target
     maker: Maker | None = None
     sensitivity: dict[str, float] = field(default_factory=dict)
     why: str = ""
@@ -69,9 +72,14 @@ def precise(
         GateError: Nothing meets the budget, or what does is not faster than float32.
         UsageError: The model has nothing to change.
     """
-    names: tuple[str, ...] = (wish.precision,)
+    wanted = [(wish.precision, lab.target)]
+    notes: list[str] = []
     if wish.precision == "auto":
-        names = lab.target.precisions
+        wanted = [(name, lab.target) for name in lab.target.precisions]
+        if why := openvino.missing():
+            notes.append(f"openvino was not tried: {why}")
+        else:
+            wanted += [(name, OPENVINO) for name in OPENVINO.precisions]
     zeros = wish.pruning.weights or wish.pruning.two_of_four
     if zeros and clock is not None and wish.precision == "fp32":
         raise UsageError(
@@ -80,15 +88,22 @@ def precise(
             hint="--target tensorrt reads 2:4; --no-measure publishes without asking for speed",
         )
     pruning = candidates.prune(lab, wish.pruning, progress) if wish.pruning else []
-    rows = [Row("fp32", lab.float32)]
+    rows = [Row("fp32", lab.float32, "fp32", lab.target)]
     lab.judge(lab.float32)
-    for name in names:
-        if name == "fp32" and not pruning:
+    for name, target in wanted:
+        beside = target is not lab.target
+        if name == "fp32" and not pruning and not beside:
             continue
-        row = Row(f"{name} pruned" if pruning else name, None)
+        shown = f"{target.name} {name}" if beside else name
+        row = Row(f"{shown} pruned" if pruning else shown, None, name, target)
         rows.append(row)
         try:
-            _try(row, name, lab, wish, pruning, progress, search=not allow_drift)
+            row.maker = candidates.maker(lab, target, name, pruning, wish, progress)
+            progress(f"try {row.name}")
+            if beside:
+                _try_beside(row, rows, lab, progress)
+            else:
+                _try(row, lab, progress, search=not allow_drift)
         except OnnxpressError as e:
             if wish.precision != "auto":
                 raise
@@ -110,41 +125,34 @@ def precise(
                 where=spec,
                 hint="nothing was published; --no-measure publishes without asking for speed",
             )
-    return _found(chosen, rows, lab, wish, allow_drift)
+    return _found(chosen, rows, lab, wish, allow_drift, notes)
 
 
-def _try(
-    row: Row,
-    name: str,
-    lab: Lab,
-    wish: Wish,
-    pruning: list[ir.passes.InPlacePass],
-    progress: Progress,
-    *,
-    search: bool,
-) -> None:
-    match name:
-        case "fp32":
-            row.maker = candidates.float32(lab, pruning)
-        case "int8":
-            row.maker = candidates.int8(lab, pruning, wish.calibrator, progress)
-        case "int8-dynamic":
-            row.maker = candidates.dynamic(lab, pruning)
-        case _:
-            row.maker = candidates.halves(lab, pruning, name, wish.half_io, progress)
-    progress(f"try {row.name}")
+def _try(row: Row, lab: Lab, progress: Progress, *, search: bool) -> None:
+    assert row.maker is not None
     row.attempt = row.maker.make(())
-    _refuse_unchanged(row, name)
+    _refuse_unchanged(row, row.precision)
     drift = lab.judge(row.attempt)
     progress(f"  {drift.metric}: mean {drift.mean:.2g}, worst {drift.worst:.2g}")
     if not row.maker.layers:
         return
     lab.watching = False  # what follows are trials
-    if name == "int8" or not drift.passed:
+    if row.precision == "int8" or not drift.passed:
         row.sensitivity = _sensitivity(lab, row.maker, progress)
     if not drift.passed and search:
         row.attempt = _put_back(lab, row, progress)
     lab.watching = True
+
+
+def _try_beside(row: Row, rows: Sequence[Row], lab: Lab, progress: Progress) -> None:
+    """Of another target that runs on this machine: with those layers in float that a row has."""
+    assert row.maker is not None
+    like = next((r for r in rows if r.precision == row.precision and r is not row), None)
+    kept = like.attempt.kept if like and like.attempt else ()
+    row.sensitivity = like.sensitivity if like else {}
+    row.attempt = row.maker.make(kept)
+    drift = lab.judge(row.attempt)
+    progress(f"  {drift.metric}: mean {drift.mean:.2g}, worst {drift.worst:.2g}")
 
 
 def _refuse_unchanged(row: Row, name: str) -> None:
@@ -293,12 +301,19 @@ def _speed(row: Row) -> float:
 # The record -----------------------------------------------------------------------------------
 
 
-def _found(chosen: Row, rows: Sequence[Row], lab: Lab, wish: Wish, allow_drift: bool) -> Found:
+def _found(
+    chosen: Row,
+    rows: Sequence[Row],
+    lab: Lab,
+    wish: Wish,
+    allow_drift: bool,
+    notes: Sequence[str],
+) -> Found:
     attempt = chosen.attempt
     assert attempt is not None
     drift = lab.judge(attempt)
-    precision = chosen.name.removesuffix(" pruned")
-    notes = [*lab.sets.notes, *(chosen.maker.notes if chosen.maker else ())]
+    precision = chosen.precision
+    notes = [*lab.sets.notes, *notes, *(chosen.maker.notes if chosen.maker else ())]
     record = {
         "asked": wish.precision,
         "precision": precision,

@@ -101,7 +101,11 @@ def _verify_parity(
         return [_verify_drift(manifest.precision, session, reference, progress)]
     progress(f"check against {reference.name}")
     parity = exporter.check(
-        reference, session.run, session.inputs, progress=lambda p: progress(f"  {p}")
+        reference,
+        session.run,
+        session.inputs,
+        right="padding" in manifest.runtime,
+        progress=lambda p: progress(f"  {p}"),
     )
     recorded = (manifest.parity or {}).get("allowed_drift", False)
     if not recorded:

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .. import artifact
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ..exporter import Parity
-    from ..optimizers import Step
+    from ..optimizers import Step, Target
     from ..optimizers.explain import Fusion
     from ..runtime import Session
     from .road import Given, Order
@@ -34,12 +35,17 @@ def manifest_of(
 ) -> Manifest:
     """The manifest of a float32 graph, or of one that came as it is."""
     from ..optimizers import TARGETS, count_ops
+    from ..optimizers.lower.pack_attention import padded_right
 
     source, before = given.source, given.before
     inputs, outputs = (session.inputs, session.outputs) if session else graph_signature(model)
     runtime: dict[str, Any] = {"onnxruntime": artifact.ORT_RANGE}
     if order.target and (disabled := TARGETS[order.target].disabled_optimizers):
         runtime["disabled_optimizers"] = list(disabled)
+    if padded := padded_right(model):
+        runtime["padding"] = dict.fromkeys(padded, "right")
+    if order.shapes:
+        runtime["shapes"] = {name: list(sizes) for name, sizes in order.shapes.items()}
     if before is not None and "optimize" in before.runtime:
         runtime["optimize"] = before.runtime["optimize"]
     return Manifest(
@@ -74,14 +80,64 @@ def manifest_of(
         ],
         parity=_parity(parity, before),
         precision=before.precision if before else None,
+        placement=placement_of(model, TARGETS[order.target or "cpu"]),
         runtime=runtime,
         tools={**before.tools, **_tools("onnx")} if before else _tools(source.kind),
     )
 
 
+def placement_of(model: ir.Model, target: Target) -> dict[str, Any] | None:
+    """Which nodes the target's kernels do not take; None where there is no table of them."""
+    from ..optimizers.kernels import TABLES, kernels
+    from ..optimizers.placeable import unplaced
+
+    if target.name not in TABLES or target.name == "cpu":
+        return None
+    return {
+        "provider": target.name,
+        "kernels": kernels(target.name).source,
+        "nodes": sum(1 for graph in model.graphs() for _ in graph),
+        "elsewhere": [
+            {"node": u.node, "op": u.op, "why": f"{u.why}; {u.fix}"}
+            for u in unplaced(model, target)
+        ],
+    }
+
+
 def _recorded_precision(before: Manifest | None) -> str | None:
     """What a changed graph was made into: the bytes of its weights do not say."""
     return None if before is None or before.precision is None else before.precision["precision"]
+
+
+TOKENIZED = ("embed", "classify", "answer")  # their masks are made by our tokenizer
+
+
+def target_of(name: str | None, task: str, precision: str = "fp32") -> Target:
+    """The target as passes see it for a graph of this task and precision; None is any provider."""
+    from ..optimizers import TARGETS
+
+    found = replace(TARGETS[name or "cpu"], precision=precision)
+    return replace(found, padding="right") if task in TOKENIZED else found
+
+
+def kv_of(kv: dict[str, Any] | None, model: ir.Model) -> dict[str, Any] | None:
+    """The layout of the cache in a graph that may have been rewritten to share one buffer."""
+    from ..optimizers.lower import decoder_layers
+    from ..optimizers.lower import fuse_group_query_attention as gqa
+
+    names = gqa.shared_caches(model)
+    if kv is None or not names:
+        return kv
+    dtype = next(spec.dtype for spec in graph_signature(model)[0] if spec.name in names)
+    found = {
+        **kv,
+        "dtype": dtype.removeprefix("tensor(").removesuffix(")"),
+        "layout": "shared",
+        "lengths": decoder_layers.LENGTHS,
+        "total": decoder_layers.TOTAL,
+    }
+    window = gqa.window_in(model)
+    return found if window is None else {**found, "window": window}
 
 
 def recorded(step: Step) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from ..artifact import Manifest
 from ..errors import GateError, UsageError
 from .change import Base, Pressed, change_precision, lab_folder
 from .common import graph_signature, needs_export, reference_of, run_model, some_feeds
-from .record import manifest_of
+from .record import manifest_of, target_of
 from .trial import open_staged, try_task
 from .wish import NOTHING, Wish
 
@@ -39,10 +39,12 @@ class Order:
         until, skip, with_onnxsim: As `optimizers.optimize` takes them.
         require_fused: Refuse a graph in which a layer stays unfused.
         force: Replace an artifact that is at `out`.
+        allow_fallback: Publish even where the target has no kernel for a node.
         allow_drift: Publish even where the check fails.
         times: Keep the times of the passes in measured.json.
         measure: Time the result against its reference too, and keep that there.
         wish: The precision, and what is pruned; the gate decides.
+        shapes: Sizes that an engine is built for, by dimension.
         progress: Told each step as it begins.
     """
 
@@ -55,9 +57,11 @@ class Order:
     require_fused: bool = False
     force: bool = False
     allow_drift: bool = False
+    allow_fallback: bool = False
     times: bool = False
     measure: bool = False
     wish: Wish = NOTHING
+    shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     progress: Callable[[str], None] = lambda _: None
 
 
@@ -93,6 +97,7 @@ def road(order: Order, take: Callable[[], Given]) -> Manifest:
         from .. import exporter  # noqa: F401  # here, where what is missing is told
         from ..optimizers import count_ops
         from ..optimizers.explain import explain
+        from ..optimizers.lower.pack_attention import padded_right
     _check_order(order)
     progress = order.progress
     with contextlib.ExitStack() as stack:
@@ -112,11 +117,13 @@ def road(order: Order, take: Callable[[], Given]) -> Manifest:
         progress("write the weights")
         artifact.save_model(model, staging.path)
         session, why_not = open_staged(staging.path, order, given.before)
+        right = bool(padded_right(model))
         parity = None
         if session is None:
             notes = [*notes, f"not checked, for the CPU cannot run it: {why_not}"]
         else:
-            parity = _check(order, reference, _compared(session, given, staging.path))
+            compared = _compared(session, given, staging.path)
+            parity = _check(order, reference, compared, right=right)
             if parity.misstated:
                 session = _restated(order, given, parity, staging.path, model, base)
         for name, content in source.files.items():
@@ -126,6 +133,8 @@ def road(order: Order, take: Callable[[], Given]) -> Manifest:
         if base is not None:
             folder = stack.enter_context(lab_folder(staging.path))
             pressed = change_precision(order, given, base, pressed, reference, folder, staging.path)
+        if not order.allow_fallback:
+            _refuse_elsewhere(pressed.manifest, order.spec)
         measured = pressed.measure(order, reference) if order.times else {}
         if measured:
             staging.write(artifact.MEASURED, json.dumps(measured, indent=2) + "\n")
@@ -197,7 +206,7 @@ def _optimize(
     inputs, _ = graph_signature(model)
     runs = runs_from_environment(model, run_model, lambda: some_feeds(reference, inputs))
     observers = [*from_environment(), *runs]
-    target = optimizers.TARGETS[order.target or "cpu"]
+    target = target_of(order.target, given.source.task)
     if order.target is None:  # branches are for one provider, and what is exported is for any
         target = replace(target, skips_empty_masks=False)
     if not order.wish:
@@ -217,7 +226,7 @@ def _optimize(
     return steps, base
 
 
-def _check(order: Order, reference: Reference, session: Session) -> Parity:
+def _check(order: Order, reference: Reference, session: Session, *, right: bool) -> Parity:
     from .. import exporter
 
     order.progress(f"check against {reference.name}")
@@ -226,6 +235,7 @@ def _check(order: Order, reference: Reference, session: Session) -> Parity:
         session.run,
         session.inputs,
         session.outputs,
+        right=right,
         progress=lambda p: order.progress(f"  {p}"),
     )
     if not order.allow_drift:
@@ -282,3 +292,20 @@ def _refuse_unfused(fusions: Sequence[Fusion], spec: str) -> None:
             where=spec,
             hint="nothing was published; without --require-fused the manifest lists them instead",
         )
+
+
+def _refuse_elsewhere(manifest: Manifest, spec: str) -> None:
+    """Refuse a graph of which a node would run on another provider than its target."""
+    placement = manifest.placement
+    if placement is None or not placement["elsewhere"]:
+        return
+    fell = placement["elsewhere"]
+    shown = [f"    {n['op']} {n['node']!r}: {n['why']}" for n in fell[:8]]
+    more = [f"    and {len(fell) - 8} more"] if fell[8:] else []
+    raise GateError(
+        f"{len(fell)} of {placement['nodes']} nodes would not run on {placement['provider']} "
+        f"(kernels of {placement['kernels']})\n" + "\n".join([*shown, *more]),
+        where=spec,
+        hint="nothing was published; --allow-fallback publishes it, for a session that allows it "
+        "too",
+    )

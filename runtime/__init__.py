@@ -15,6 +15,7 @@ from ..artifact import check_files, read_manifest
 from ..errors import ArtifactError
 from .generation import Generator
 from .measure import Timing, random_feeds, time_runs
+from .opening import Skipped
 from .placement import PlacedNode, Placement
 from .session import Session
 from .tasks import Answerer, Classifier, Embedder
@@ -29,6 +30,7 @@ __all__ = [
     "PlacedNode",
     "Placement",
     "Session",
+    "Skipped",
     "Timing",
     "Translator",
     "TruncationWarning",
@@ -53,6 +55,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     provider: str | Sequence[str] = "cpu",
+    allow_fallback: bool = False,
     threads: int | None = None,
     verify: bool = True,
     truncate: bool = True,
@@ -62,7 +65,9 @@ def load(
 
     Args:
         path: The artifact directory.
-        provider: "cpu", "cuda" or "tensorrt", or several in order of preference; see `Session`.
+        provider: A name, or several in order of preference ("tensorrt,cuda,cpu"): the first that
+            takes every node; see `Session`.
+        allow_fallback: Spread the nodes over all of them, and over the CPU as the last.
         threads: Threads of one run on the CPU.
         verify: Check the sha256 of every file (about a second for a GB); sizes are always checked.
         truncate: Cut texts that are too long for the model and warn; False refuses them. Prompts
@@ -72,7 +77,7 @@ def load(
     Raises:
         ArtifactError: It is no artifact, it is damaged, or newer than this onnxpress.
         MissingPackage: onnxruntime is not installed.
-        ProviderError: The provider is missing, or does not take every node.
+        ProviderError: No provider that was asked for is there and takes every node.
         UsageError: A provider's name or its options are wrong.
     """
     manifest = read_manifest(path)
@@ -83,7 +88,9 @@ def load(
             where=str(path),
             hint="pip install --upgrade onnxpress, or open it with runtime.Session",
         )
-    session = Session(path, provider=provider, threads=threads, **session_options)
+    session = Session(
+        path, provider=provider, allow_fallback=allow_fallback, threads=threads, **session_options
+    )
     return task_of(session, manifest.task, truncate=truncate)
 
 

@@ -16,13 +16,21 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..artifact import ORT_RANGE
+import numpy as np
+
 from ..errors import OnnxpressError
-from .providers import PROVIDERS
+from .gpu import gpu
+from .libraries import Library
+from .libraries import examine as examine_library
+from .providers import PROVIDERS, onnxruntime, preload
 from .session import Session
+from .wheels import declared, duplicates, leave_one, wheels
 
 # y = Add(x, x) on float[2], opset 21: made with onnx_ir, which need not be installed here.
 _ADD = "CAo6NQoOCgF4CgF4EgF5IgNBZGQSAWdaDwoBeBIKCggIARIECgIIAmIPCgF5EgoKCAgBEgQKAggCQgQKABAV"
+
+# Told of on every machine; the others where the wheel has them.
+USUAL = ("cpu", "cuda", "tensorrt")
 
 # What each extra is for, and the packages of it.
 EXTRAS = {
@@ -52,7 +60,7 @@ def examine() -> list[Check]:
         ),
         _onnxruntime(),
     ]
-    found += [_provider(name) for name in PROVIDERS]
+    found += _providers()
     found += [_extra(name) for name in EXTRAS]
     return found
 
@@ -65,28 +73,49 @@ def _cores() -> int:
 
 
 def _onnxruntime() -> Check:
-    have = {n: v for n in ("onnxruntime", "onnxruntime-gpu") if (v := _version(n))}
+    name, have = "onnxruntime", wheels()
     if not have:
-        fix = _pip_line("cpu", ["onnxruntime"])
-        return Check("onnxruntime", False, "not installed", fix)
-    detail = ", ".join(f"{n} {v}" for n, v in have.items())
-    if len(have) > 1:
-        return Check(
-            "onnxruntime",
-            False,
-            f"{detail}: both provide one module, and the later one hides the other",
-            f"pip uninstall -y onnxruntime onnxruntime-gpu; {_pip_line('cpu', ['onnxruntime'])}",
-        )
-    name, version = next(iter(have.items()))
-    low, high = (_numbers(part) for part in ORT_RANGE.split(","))
-    if not low <= _numbers(version) < high:
-        return Check(
-            "onnxruntime",
-            False,
-            f"{detail}; artifacts are checked on {ORT_RANGE}",
-            f"pip install '{name}{ORT_RANGE}'",
-        )
-    return Check("onnxruntime", True, detail)
+        return Check(name, False, "not installed", _pip_line("cpu", ["onnxruntime"]))
+    if twice := duplicates():
+        detail = f"{' and '.join(map(str, twice))} have overwritten each other's files"
+        return Check(name, False, f"{detail} in {twice[0].folder}", leave_one(twice))
+    first, detail = have[0], str(have[0])
+    if have[1:]:
+        detail += f" (before {', '.join(map(str, have[1:]))} on the path)"
+    low, high = (_numbers(part) for part in declared(first).split(","))
+    if not low <= _numbers(first.version) < high:
+        detail = f"{detail}; artifacts are checked on {declared(first)}"
+        return Check(name, False, detail, f"pip install '{first.name}{declared(first)}'")
+    return Check(name, True, detail)
+
+
+def _providers() -> list[Check]:
+    """NVIDIA's parts where the wheel has its providers, then every provider, tried on a node."""
+    try:
+        rt = onnxruntime()
+    except OnnxpressError:
+        return [_provider(name) for name in USUAL]
+    here = rt.get_available_providers()
+    found: dict[str, Check] = {}
+    names = [n for n in PROVIDERS if n in USUAL or PROVIDERS[n].ort in here]
+    for name in names:
+        if name in ("cuda", "tensorrt") and PROVIDERS[name].ort in here:
+            preload(rt)
+            file = Path(rt.__file__).parent / "capi" / PROVIDERS[name].library
+            for one in examine_library(file):
+                found.setdefault(one.soname, _library(one))
+    card = gpu() if found else None
+    if card:
+        sizes = f"{card.memory / 2**30:.1f} GiB, {card.free / 2**30:.1f} free"
+        text = f"{card.name}, {sizes}, compute capability {card.capability}"
+        found["gpu"] = Check("GPU", True, text)
+    return [*found.values(), *(_provider(name) for name in names)]
+
+
+def _library(one: Library) -> Check:
+    where = f" ({one.path})" if one.path else ""
+    detail = one.problem.removeprefix(f"no {one.name}: ") or f"{one.version or one.soname}{where}"
+    return Check(one.name, not one.problem, detail, one.fix)
 
 
 def _provider(name: str) -> Check:
@@ -94,10 +123,11 @@ def _provider(name: str) -> Check:
         path = Path(folder) / "model.onnx"
         path.write_bytes(base64.b64decode(_ADD))
         try:
-            placement = Session(path, provider=name).placement()
+            session = Session(path, provider=name)
+            session.run({"x": np.ones(2, np.float32)})
+            return Check(f"provider {name}", True, f"ran a node: {session.placement()}")
         except OnnxpressError as e:
-            return Check(f"provider {name}", False, e.what, e.hint or "")
-    return Check(f"provider {name}", True, f"ran a node: {placement}")
+            return Check(f"provider {name}", False, e.what, e.hint or "look at `nvidia-smi`")
 
 
 def _extra(name: str) -> Check:

@@ -11,11 +11,12 @@ import difflib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ..errors import MissingPackage, ProviderError, UsageError
+from . import libraries
+from .wheels import check_wheels, wheel_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Provider:
     booleans: tuple[str, str] = ("0", "1")
 
 
-_GPU = "pip uninstall -y onnxruntime; pip install 'onnxruntime-gpu>=1.31,<1.33'"
+_ONE_WHEEL = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install"
+_GPU = f"{_ONE_WHEEL} 'onnxruntime-gpu[cuda,cudnn]>=1.31,<1.33'"
 
 PROVIDERS: dict[str, Provider] = {
     "cpu": Provider("CPUExecutionProvider", "pip install 'onnxpress[cpu]'"),
@@ -48,9 +50,34 @@ PROVIDERS: dict[str, Provider] = {
     ),
     "tensorrt": Provider(
         "TensorrtExecutionProvider",
-        f"{_GPU} 'tensorrt-cu13<11'  (onnxruntime-gpu links libnvinfer.so.10)",
+        f"{_GPU} 'tensorrt-cu13>=10.15,<11'  (onnxruntime-gpu links libnvinfer.so.10)",
         "libonnxruntime_providers_tensorrt.so",
         booleans=("False", "True"),
+    ),
+    "openvino": Provider(
+        "OpenVINOExecutionProvider",
+        f"{_ONE_WHEEL} 'onnxruntime-openvino>=1.24,<1.25'",
+        "libonnxruntime_providers_openvino.so",
+        booleans=("False", "True"),
+    ),
+    "coreml": Provider(
+        "CoreMLExecutionProvider", "it is in the onnxruntime wheel for macOS, and nowhere else"
+    ),
+    "directml": Provider(
+        "DmlExecutionProvider",
+        f"{_ONE_WHEEL} onnxruntime-directml  (Windows)",
+        booleans=("False", "True"),
+    ),
+    "qnn": Provider("QNNExecutionProvider", f"{_ONE_WHEEL} onnxruntime-qnn  (Qualcomm, Windows)"),
+    "migraphx": Provider(
+        "MIGraphXExecutionProvider",
+        f"{_ONE_WHEEL} onnxruntime-migraphx  (AMD ROCm, from AMD's index)",
+        "libonnxruntime_providers_migraphx.so",
+    ),
+    "rocm": Provider(
+        "ROCMExecutionProvider",
+        "ONNX Runtime dropped it after 1.22: provider='migraphx' runs on the same GPUs",
+        "libonnxruntime_providers_rocm.so",
     ),
 }
 
@@ -79,12 +106,13 @@ def onnxruntime() -> Any:
 
 
 def resolve(provider: str | Sequence[str]) -> dict[str, Provider]:
-    """The providers asked for, by short name and in order.
+    """The providers asked for, by short name and in order: one name, "a,b,c", or a sequence.
 
     Raises:
         UsageError: A name is unknown, or there is none.
     """
-    names = [provider] if isinstance(provider, str) else list(provider)
+    given = provider.split(",") if isinstance(provider, str) else provider
+    names = [n.strip() if isinstance(n, str) else n for n in given if n != ""]
     for name in names:
         if name not in PROVIDERS:
             close = difflib.get_close_matches(str(name).lower(), PROVIDERS, 1)
@@ -97,10 +125,10 @@ def resolve(provider: str | Sequence[str]) -> dict[str, Provider]:
     return {name: PROVIDERS[name] for name in names}
 
 
-def with_options(
+def spelled(
     asked: Mapping[str, Provider], options: ProviderOptions | None
-) -> list[tuple[str, dict[str, str]]]:
-    """The `providers` argument of InferenceSession; booleans become each provider's spelling.
+) -> dict[str, dict[str, str]]:
+    """The user's options by provider; booleans become each provider's spelling.
 
     Raises:
         UsageError: Options for a provider that was not asked for.
@@ -111,33 +139,43 @@ def with_options(
                 f"options for the provider {name!r}, which was not asked for",
                 hint="provider_options={'cuda': {'device_id': 1}}, by the name given as provider",
             )
-    return [
-        (
-            p.ort,
-            {
-                **p.options,
-                **{
-                    key: p.booleans[value] if isinstance(value, bool) else str(value)
-                    for key, value in (options or {}).get(name, {}).items()
-                },
+    return {
+        name: {
+            **p.options,
+            **{
+                key: p.booleans[value] if isinstance(value, bool) else str(value)
+                for key, value in (options or {}).get(name, {}).items()
             },
-        )
+        }
         for name, p in asked.items()
-    ]
+    }
 
 
-def check_compiled_in(rt: Any, asked: Mapping[str, Provider]) -> None:
-    """Refuse providers that the installed wheel does not have at all.
+def check_here(rt: Any, name: str, *, cudnn_for: str = "") -> None:
+    """Refuse a provider that the installed wheel lacks, or that lacks something on this machine.
+
+    Args:
+        rt: The onnxruntime module.
+        name: The provider's short name.
+        cudnn_for: An operator of the graph that needs cuDNN, which is loaded only then.
 
     Raises:
-        ProviderError: Names the wheel that is there and the pip line of the one needed.
+        ProviderError: Two wheels have overwritten each other; the wheel that is there and the pip
+            line of the one needed; or each library that is missing or of another version.
     """
-    available = rt.get_available_providers()
-    for name, p in asked.items():
-        if p.ort not in available:
-            raise ProviderError(
-                f"the installed {_wheel()} has no provider {name!r} ({p.ort})", hint=p.hint
-            )
+    p, folder = PROVIDERS[name], Path(rt.__file__).parent
+    if name != "cpu":
+        check_wheels()
+    if p.ort not in rt.get_available_providers():
+        wheel = wheel_of(folder)
+        there = f"{wheel.name} {wheel.version}" if wheel else "onnxruntime"
+        raise ProviderError(
+            f"the installed {there} has no provider {name!r} ({p.ort})", hint=p.hint
+        )
+    if name in ("cuda", "tensorrt"):
+        preload(rt)
+    if p.library:
+        libraries.check(name, folder / "capi" / p.library, cudnn_for=cudnn_for)
 
 
 def check_came_up(rt: Any, session: Any, asked: Mapping[str, Provider]) -> None:
@@ -154,7 +192,7 @@ def check_came_up(rt: Any, session: Any, asked: Mapping[str, Provider]) -> None:
             raise ProviderError(
                 f"ONNX Runtime left out the provider {name!r} without an error: "
                 f"the session would run on {', '.join(got)}",
-                where=missing_library(Path(rt.__file__).parent / "capi" / p.library)
+                where=(p.library and missing_library(Path(rt.__file__).parent / "capi" / p.library))
                 or "no library is missing: look at the driver (`nvidia-smi`)",
                 hint=p.hint,
             )
@@ -170,16 +208,9 @@ def missing_library(library: Path) -> str | None:
     return None
 
 
-def preload(rt: Any, asked: Mapping[str, Provider]) -> None:
+def preload(rt: Any) -> None:
     """Load the CUDA and cuDNN libraries of the nvidia wheels, where they are installed."""
-    if set(asked) - {"cpu"} and hasattr(rt, "preload_dlls"):
-        # It prints what it does not find; `check_came_up` says what of it mattered.
+    if hasattr(rt, "preload_dlls"):
+        # It prints what it does not find; `libraries` says what of it matters.
         with contextlib.redirect_stdout(io.StringIO()):
             rt.preload_dlls()
-
-
-def _wheel() -> str:
-    for name in ("onnxruntime-gpu", "onnxruntime", "onnxruntime-openvino"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            return f"{name} {metadata.version(name)}"
-    return "onnxruntime"

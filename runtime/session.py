@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import threading
@@ -11,8 +12,14 @@ from typing import Any
 
 from .. import artifact
 from ..artifact import Manifest
-from ..errors import ArtifactError, InputError, OnnxpressError, ProviderError
+from ..errors import ArtifactError, InputError, OnnxpressError
 from . import providers
+from .binding import Binding
+from .buffers import Buffer
+from .choosing import Wish, take
+from .graph_capture import uncaptured
+from .memory import Residence, residence
+from .opening import Elsewhere, Model
 from .placement import Placement, count_memcpy, placed_nodes
 from .signature import Array, Checker, Feeds, close_match, spec_of
 
@@ -20,13 +27,16 @@ from .signature import Array, Checker, Feeds, close_match, spec_of
 class Session:
     """A model that runs where it was asked to run, or not at all.
 
-    Every node runs on a provider that was asked for: `provider="cuda"` raises where one node
-    would fall to the CPU, `provider=["cuda", "cpu"]` allows it. A session may be used from many
-    threads at once.
+    All nodes run on one provider: `provider="cuda"` raises where one node would fall to the CPU.
+    Several are an order of preference, "tensorrt,cuda,cpu": the first that takes every node gets
+    them all. A session may be used from many threads at once.
 
     Args:
         path: A model.onnx, or an artifact directory.
-        provider: "cpu", "cuda" or "tensorrt", or several in order of preference.
+        provider: A name (cpu, cuda, tensorrt, openvino, coreml, directml, qnn, migraphx), several
+            with commas, or a sequence of them.
+        allow_fallback: Spread the nodes over all the providers asked for, in this order, and over
+            the CPU as the last; each of them must be there.
         threads: Threads of one run on the CPU; None leaves it to ONNX Runtime, which takes the
             physical cores that it sees. In a container, give the number it may use.
         arena: Keep freed memory for the next run: faster, larger.
@@ -37,18 +47,27 @@ class Session:
             under `runtime.disabled_optimizers`.
         provider_options: Options by provider, {"cuda": {"device_id": 1}}.
         config: Session config entries of ONNX Runtime, for experts.
+        shapes: Least, best and greatest size of each name in the signature, which an engine of
+            TensorRT is built for. None takes what the manifest says under `runtime.shapes`.
+        cache: Directory of engines; None takes $ONNXPRESS_CACHE, or ~/.cache/onnxpress.
+        cuda_graph: Record the kernels of a run and replay them (`bind`); cuda and tensorrt only.
 
     Raises:
         ArtifactError: There is no model here, or it is damaged.
         MissingPackage: onnxruntime is not installed.
-        ProviderError: A provider is missing, or does not take a node.
-        UsageError: A provider's name or its options are wrong.
+        ProviderError: No provider that was asked for takes every node: for each what it lacks, or
+            which nodes it refused.
+        UsageError: A provider's name or its options are wrong, or CUDA graphs were asked of a
+            provider that has none.
 
     Attributes:
         path: The graph's file.
         manifest: The artifact's manifest; None for a bare model.onnx.
         inputs: Name, dtype and shape of each input, in order.
         outputs: The same of each output.
+        provider: The short name of the provider that took the nodes; the first of those asked for
+            with `allow_fallback`.
+        skipped: Those before it that did not take them, and why.
     """
 
     def __init__(
@@ -56,12 +75,16 @@ class Session:
         path: str | os.PathLike[str],
         *,
         provider: str | Sequence[str] = "cpu",
+        allow_fallback: bool = False,
         threads: int | None = None,
         arena: bool = True,
         optimize: bool | None = None,
         disabled_optimizers: Sequence[str] | None = None,
         provider_options: providers.ProviderOptions | None = None,
         config: Mapping[str, str] | None = None,
+        shapes: Mapping[str, tuple[int, int, int]] | None = None,
+        cache: str | os.PathLike[str] | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         path = Path(path)
         self.manifest: Manifest | None = None
@@ -78,21 +101,39 @@ class Session:
             optimize = bool(recorded.get("optimize", True))
         if disabled_optimizers is None:
             disabled_optimizers = recorded.get("disabled_optimizers", ())
-        self._disabled = list(disabled_optimizers)
         self.path = path
         self._rt = providers.onnxruntime()
-        self._asked = providers.resolve(provider)
-        self._settings = (threads, arena, optimize, dict(config or {}))
-        self._providers = providers.with_options(self._asked, provider_options)
+        self._model = Model(
+            self._rt,
+            path,
+            threads,
+            arena,
+            optimize,
+            tuple(disabled_optimizers),
+            dict(config or {}),
+        )
         self._placement: Placement | None = None
         self._lock = threading.Lock()
-        providers.check_compiled_in(self._rt, self._asked)
-        providers.preload(self._rt, self._asked)
-        self._session = self._open_strict()
+        self._plans, self._session, self.skipped = take(
+            self._model,
+            Wish(
+                providers.resolve(provider),
+                provider_options or {},
+                self.manifest,
+                shapes,
+                Path(cache) if cache is not None else None,
+                cuda_graph,
+            ),
+            allow_fallback=allow_fallback,
+        )
+        self.provider = next(iter(self._plans))
         self.inputs = tuple(spec_of(i) for i in self._session.get_inputs())
         self.outputs = tuple(spec_of(o) for o in self._session.get_outputs())
-        self._check = Checker(self.inputs)
+        self._check = Checker(self.inputs, recorded.get("padding"))
+        self._profile = next((p.profile for p in self._plans.values() if p.profile), None)
         self._output_names = [o.name for o in self.outputs]
+        captures = any(p.graph_option for p in self._plans.values())
+        self._run_options = uncaptured(self._rt) if captures else None
 
     # Running ----------------------------------------------------------------------------------
 
@@ -112,6 +153,8 @@ class Session:
                 or the values are not valid for the model (an id outside the vocabulary).
         """
         self._check(feeds)
+        if self._profile is not None:
+            self._profile.check(feeds)
         return self.run_unchecked(feeds if type(feeds) is dict else dict(feeds), outputs)
 
     def run_unchecked(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, Array]:
@@ -132,10 +175,42 @@ class Session:
             if not names:  # to ONNX Runtime, none means all
                 return {}
         try:
-            values = self._session.run(names, feeds)
+            values = self._session.run(names, feeds, self._run_options)
         except Exception as e:  # ONNX Runtime's errors share no base class but Exception
             raise self._failed(e) from e
         return dict(zip(names, values, strict=True))
+
+    # On memory that stays ----------------------------------------------------------------------
+
+    def bind(self, outputs: Sequence[str] | None = None) -> Binding:
+        """Inputs and outputs bound to memory, for runs that copy nothing; see `Binding`.
+
+        Args:
+            outputs: Names of the outputs wanted; None for all.
+
+        Raises:
+            InputError: There is no such output, or one of its type cannot be bound.
+        """
+        return Binding(self, self._residence, outputs)
+
+    def buffer(self, shape: Sequence[int], dtype: Any, device: str | None = None) -> Buffer:
+        """A tensor of memory that stays where it is, its values undefined; see `Buffer`.
+
+        Args:
+            shape: The sizes.
+            dtype: "float32", "bfloat16", "bool", ... or numpy's.
+            device: None for the session's, "cuda:0" or "cpu"; "cpu"; or "pinned", memory of the
+                host that the GPU reads directly, for sessions on one.
+
+        Raises:
+            OnnxpressError: There is not that much memory.
+            UsageError: The dtype, a size or the device is none that there is.
+        """
+        return self._residence.memory.buffer(shape, dtype, device)
+
+    @functools.cached_property
+    def _residence(self) -> Residence:
+        return residence(self._rt, self._session)
 
     # Where it ran -----------------------------------------------------------------------------
 
@@ -147,11 +222,22 @@ class Session:
         """
         with self._lock:
             if self._placement is None:
-                record = {"session.record_ep_graph_assignment_info": "1"}
-                nodes = placed_nodes(self._open(record))
-                mixed = len({n.provider for n in nodes}) > 1
-                self._placement = Placement(nodes, self._count_memcpy() if mixed else 0)
+                if list(self._plans) == ["cpu"]:
+                    session = self._open({"session.record_ep_graph_assignment_info": "1"})
+                    self._placement = Placement(placed_nodes(session), 0)
+                else:
+                    nodes = placed_nodes(self._session)
+                    # CUDA copies around kernels that read sizes from the host, others at borders.
+                    copies = "cuda" in self._plans or len({n.provider for n in nodes}) > 1
+                    self._placement = Placement(nodes, self._count_memcpy() if copies else 0)
             return self._placement
+
+    def elsewhere(self) -> list[Elsewhere]:
+        """The nodes that do not lie on `provider`: what they are, where they lie, and why.
+
+        There are some with `allow_fallback` alone.
+        """
+        return self._model.elsewhere(self.placement(), [self.provider])
 
     def _count_memcpy(self) -> int | None:
         # Copies are put in after placement, so only the finished graph shows them.
@@ -164,105 +250,8 @@ class Session:
             except Exception:  # graphs with compiled nodes (TensorRT) cannot be saved
                 return None
 
-    # Opening ----------------------------------------------------------------------------------
-
     def _open(self, config: Mapping[str, str], *, save_as: Path | None = None) -> Any:
-        threads, arena, optimize, extra = self._settings
-        rt, options = self._rt, self._rt.SessionOptions()
-        options.log_severity_level = 4  # errors are raised, and told once, by us
-        options.enable_cpu_mem_arena = options.enable_mem_pattern = arena
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        level = rt.GraphOptimizationLevel
-        options.graph_optimization_level = (
-            level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
-        )
-        for key, value in {**_EXACT, **config, **extra}.items():
-            options.add_session_config_entry(key, value)
-        if save_as:
-            options.optimized_model_filepath = str(save_as)
-        # enable_fallback: on an error, ONNX Runtime's default is to try again on the CPU.
-        return rt.InferenceSession(
-            str(self.path),
-            options,
-            providers=self._providers,
-            disabled_optimizers=self._disabled,
-            enable_fallback=0,
-        )
-
-    def _open_strict(self) -> Any:
-        config = {}
-        if "cpu" not in self._asked:
-            config["session.disable_cpu_ep_fallback"] = "1"
-        if set(self._asked) != {"cpu"}:
-            config["session.record_ep_graph_assignment_info"] = "1"
-        try:
-            session = self._open(config)
-        except Exception as e:
-            if "fallback to CPU EP" not in str(e):
-                raise self._failed_open(e) from e
-            # It refuses without a name; once more without strictness, to say which and why.
-            config.pop("session.disable_cpu_ep_fallback", None)
-            try:
-                session = self._open(config)
-            except Exception as again:
-                raise self._failed_open(again) from again
-        providers.check_came_up(self._rt, session, self._asked)
-        if set(self._asked) != {"cpu"}:
-            self._check_placed(Placement(placed_nodes(session), None))
-        return session
-
-    def _check_placed(self, placement: Placement) -> None:
-        fell = placement.outside([p.ort for p in self._asked.values()])
-        if not fell:
-            return
-        shown = ", ".join(map(str, fell[:8])) + (f" and {len(fell) - 8} more" if fell[8:] else "")
-        asked = list(self._asked)
-        raise ProviderError(
-            f"{len(fell)} of {len(placement.nodes)} nodes do not run on {' or '.join(asked)}, "
-            f"but on {', '.join(sorted({n.provider for n in fell}))}: {shown}",
-            where=str(self.path),
-            hint=f"press the model for this target, or allow it: provider={[*asked, 'cpu']}",
-        )
-
-    def _failed_open(self, e: Exception) -> OnnxpressError:
-        text, where = _reason(e), str(self.path)
-        if "NotImplemented" in type(e).__name__:
-            return ProviderError(
-                f"the provider has no kernel for a node: {text}",
-                where=where,
-                hint="press the model again for this provider and this onnxruntime",
-            )
-        if set(self._asked) != {"cpu"}:
-            return ProviderError(f"the session did not come up: {text}", where=where)
-        return ArtifactError(
-            f"ONNX Runtime cannot load the graph: {text}",
-            where=where,
-            hint="copy the artifact again, or make it again from its source",
-        )
+        return self._model.open(self._plans, config, save_as=save_as)
 
     def _failed(self, e: Exception) -> OnnxpressError:
-        text, where = _reason(e), str(self.path)
-        if "allocat" in text.lower() or "out of memory" in text.lower():
-            return OnnxpressError(
-                f"the run needs more memory than there is: {text}",
-                where=where,
-                hint="run smaller batches or shorter texts",
-            )
-        if set(self._asked) != {"cpu"} and ("CUDA" in text or "EPFail" in type(e).__name__):
-            return ProviderError(f"the provider failed: {text}", where=where)
-        return InputError(
-            f"ONNX Runtime refused these inputs: {text}",
-            where=where,
-            hint="shapes and dtypes fit the signature; look at the values (ids in range?)",
-        )
-
-
-# ONNX Runtime fuses DequantizeLinear and MatMul of 4-bit weights, and by default rounds the other
-# side to 8 bits then, which nobody asked for: errors of 2e-3. At level 1 it computes in float32.
-_EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}
-
-
-def _reason(e: Exception) -> str:
-    # "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : text": the text is what a person needs.
-    return str(e).rsplit("[ONNXRuntimeError] : ", 1)[-1].split(" : ", 2)[-1].strip()
+        return self._model.failed_run(e, list(self._plans))

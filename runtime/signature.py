@@ -29,12 +29,17 @@ _DTYPES = {
 class Checker:
     """Checks feeds against a signature; all that can be prepared is prepared once.
 
+    Masks named in `padding` have to pad on the right, and to hide no row throughout: such a graph
+    reads no more of them than how many keys there are.
+
     Called with feeds, it raises an InputError that names the input, what it takes and what it
     got: for names, kinds, dtypes, ranks, fixed sizes, and sizes that must agree over inputs.
     """
 
-    def __init__(self, inputs: Sequence[TensorSpec]) -> None:
-        self.inputs = inputs
+    def __init__(
+        self, inputs: Sequence[TensorSpec], padding: Mapping[str, str] | None = None
+    ) -> None:
+        self.inputs, self.padding = inputs, tuple(padding or ())
         self.names = frozenset(i.name for i in inputs)
         # Plain names first, over all inputs: expressions need their sizes.
         self.plain = [
@@ -100,6 +105,8 @@ class Checker:
             if want is not None and shape[axis] != want:
                 known = ", ".join(f"{k} = {v}" for k, v in sizes.items() if k in text)
                 raise self._bad_dim(spec, axis, shape, f"{want}: {text!r} with {known}")
+        for name in self.padding:
+            check_padding(name, feeds[name])
 
     def _first(self, symbol: str, fallback: TensorSpec) -> str:
         return next((i.name for i in self.inputs if symbol in i.shape), fallback.name)
@@ -134,6 +141,26 @@ class Checker:
                 + (f", and {len(missing) - 1} more" if missing[1:] else ""),
                 where=str(next(i for i in self.inputs if i.name == missing[0])),
             )
+
+
+def check_padding(name: str, mask: Array) -> None:
+    """Refuse a mask (batch, sequence) that pads elsewhere than on the right, or a whole row.
+
+    Raises:
+        InputError: It does; the message names the row.
+    """
+    seen = mask != 0
+    if seen.all():
+        return
+    wrong = (seen[:, 1:] & ~seen[:, :-1]).any(1) | ~seen.any(1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        how = "has a token behind its padding" if seen[row].any() else "has no token"
+        raise InputError(
+            f"row {row} of the input {name!r} {how}; the graph counts the tokens of a row, and "
+            "takes the first as many",
+            hint="pad on the right (tokenizer: padding_side='right'), and leave out empty rows",
+        )
 
 
 def spec_of(value: Any) -> TensorSpec:

@@ -146,7 +146,7 @@ def test_pass(case: Case) -> None:
         update(case, after if outcome.hits else "")
     else:
         assert after == (case.after or untouched)
-    assert io(model) == signature
+    assert getattr(rewrite, "changes_signature", False) or io(model) == signature
     common.CheckerPass(full_check=True)(model)
     if want is not None:
         runnable = model.clone()

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import pytest
 from onnxpress import artifact, errors
 from onnxpress.artifact import TensorSpec
-from onnxpress.runtime import Session, load, providers, random_feeds, time_runs
+from onnxpress.runtime import Session, libraries, load, providers, random_feeds, time_runs
 from onnxpress.runtime.placement import count_memcpy
 
 from . import onnx_models
@@ -167,10 +167,18 @@ def test_unknown_provider_and_stray_options(add):
 def test_options_are_spelled_as_each_provider_reads_them():
     asked = providers.resolve(["tensorrt", "cuda"])
     options = {"tensorrt": {"trt_fp16_enable": True}, "cuda": {"use_tf32": False, "device_id": 1}}
-    assert providers.with_options(asked, options) == [
-        ("TensorrtExecutionProvider", {"trt_fp16_enable": "True"}),
-        ("CUDAExecutionProvider", {"use_tf32": "0", "device_id": "1"}),
-    ]
+    assert providers.spelled(asked, options) == {
+        "tensorrt": {"trt_fp16_enable": "True"},
+        "cuda": {"use_tf32": "0", "device_id": "1"},
+    }
+
+
+def test_providers_are_asked_for_by_name_with_commas_or_in_a_list():
+    want = ["tensorrt", "cuda", "cpu"]
+    for asked in ("tensorrt,cuda,cpu", " tensorrt, cuda ,cpu,", want, tuple(want)):
+        assert list(providers.resolve(asked)) == want
+    with pytest.raises(errors.UsageError, match="unknown provider 'gpu'"):
+        providers.resolve("gpu,cpu")
 
 
 def fake_ort(came_up: list[str], placed: dict[str, str], opened: list) -> SimpleNamespace:
@@ -184,7 +192,9 @@ def fake_ort(came_up: list[str], placed: dict[str, str], opened: list) -> Simple
             assert enable_fallback == 0
             if strict == "1" and "CPUExecutionProvider" in placed.values():
                 raise RuntimeError("nodes on CPU, but fallback to CPU EP has been disabled")
-            self.real = real.InferenceSession(path, real.SessionOptions())
+            plain = real.SessionOptions()
+            plain.optimized_model_filepath = options.optimized_model_filepath
+            self.real = real.InferenceSession(path, plain)
 
         def __getattr__(self, name):
             return getattr(self.real, name)
@@ -217,7 +227,13 @@ def fake_ort(came_up: list[str], placed: dict[str, str], opened: list) -> Simple
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
-def test_a_session_that_came_up_without_the_provider_is_refused(add, monkeypatch):
+@pytest.fixture
+def no_libraries(monkeypatch):
+    """As on a system whose libraries nobody looks into."""
+    monkeypatch.setattr(libraries, "examine", lambda library: [])
+
+
+def test_a_session_that_came_up_without_the_provider_is_refused(add, monkeypatch, no_libraries):
     fake = fake_ort([CPU], {"one": CPU}, [])
     monkeypatch.setattr(providers, "onnxruntime", lambda: fake)
     with pytest.raises(errors.ProviderError, match="left out the provider 'cuda'") as e:
@@ -225,23 +241,29 @@ def test_a_session_that_came_up_without_the_provider_is_refused(add, monkeypatch
     assert "libonnxruntime_providers_cuda.so" in str(e.value)  # what the loader says
     # Also where falling to the CPU was allowed: the provider asked for is not there at all.
     with pytest.raises(errors.ProviderError, match="left out"):
-        Session(add.path, provider=["cuda", "cpu"])
+        Session(add.path, provider="cuda", allow_fallback=True)
+    # As one of an order of preference it is skipped, and that is told.
+    session = Session(add.path, provider="cuda,cpu")
+    assert session.provider == "cpu"
+    assert [s.provider for s in session.skipped] == ["cuda"]
+    assert "left out the provider 'cuda'" in session.skipped[0].why
 
 
-def test_nodes_that_fell_to_the_cpu_are_named(add, monkeypatch):
+def test_nodes_that_fell_to_the_cpu_are_named(add, monkeypatch, no_libraries):
     opened = []
     fake = fake_ort([CUDA, CPU], {"one": CUDA, "other": CPU}, opened)
     monkeypatch.setattr(providers, "onnxruntime", lambda: fake)
     with pytest.raises(errors.ProviderError, match="1 of 2 nodes do not run on cuda") as e:
         Session(add.path, provider="cuda")
     assert "Add 'other'" in str(e.value)
-    assert "provider=['cuda', 'cpu']" in str(e.value)
+    assert "allow_fallback=True" in str(e.value)
     assert opened == ["1", "0"]
-    session = Session(add.path, provider=["cuda", "cpu"])  # allowed
+    session = Session(add.path, provider="cuda", allow_fallback=True)
     assert session.placement().counts == {CUDA: 1, CPU: 1}
+    assert (session.provider, session.skipped) == ("cuda", ())
 
 
-def test_a_session_that_is_all_where_it_should_be(add, monkeypatch):
+def test_a_session_that_is_all_where_it_should_be(add, monkeypatch, no_libraries):
     fake = fake_ort([CUDA, CPU], {"one": CUDA, "other": CUDA}, [])
     monkeypatch.setattr(providers, "onnxruntime", lambda: fake)
     session = Session(add.path, provider="cuda")
@@ -324,8 +346,8 @@ def test_no_model_and_a_broken_model(tmp_path):
 def test_the_manifest_says_whether_onnxruntime_optimizes(tmp_path):
     model = onnx_models.add_model()
     path = onnx_models.publish(tmp_path / "a", model, runtime={"optimize": False})
-    assert Session(path)._settings[2] is False
-    assert Session(path, optimize=True)._settings[2] is True
+    assert Session(path)._model.optimize is False
+    assert Session(path, optimize=True)._model.optimize is True
 
 
 def test_neither_torch_nor_onnx_is_in_the_process(embedder_dir):

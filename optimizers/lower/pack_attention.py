@@ -13,7 +13,7 @@ import onnx_ir.passes.common as common
 
 from .. import edit
 from ..clean.weight_views import is_weight, view_of
-from ..dims import dim
+from ..dims import dim, same_dim
 from ..outcome import Outcome, describe
 from ..read import constant, ints, producer, rank, scalar
 
@@ -36,14 +36,25 @@ class PackAttention(ir.passes.InPlacePass):
     mask = Where(padding, 0, lowest)                       padding: [batch, 1, 1, keys], of bools
     y = Attention<q_num_heads=12, kv_num_heads=12>(q, k, v, mask)
     ->
-    w = [wq | wk | wv]  b = [bq | 0 | bv]  m = Cast<int32>([batch, keys] of padding)
+    w = [wq | wk | wv]  b = [bq | 0 | bv]
+    m = ReduceSum<keepdims=0>(Cast<int32>(padding), 1)     [batch]: how many keys there are
     y = com.microsoft.Attention<num_heads=12>(x, w, b, m)
     ```
 
+    With lengths the CUDA kernel is flash attention (cuDNN's on sm_90); with a mask of [batch, keys]
+    it writes out all scores, which Attention of ai.onnx does not. So a mask goes where its padding
+    is on the `right`, and at least one key of each row is none; elsewhere it keeps its node.
+
     Declined: other masks than of padding (the kernel adds them, in forms that differ between its
-    providers), masks of bools (a row masked throughout gives zeros, here the mean), weights that
-    something else reads.
+    providers), weights that something else reads.
+
+    Args:
+        right: Whether padding is known to be on the right, and no row to be all padding.
     """
+
+    def __init__(self, *, right: bool = False) -> None:
+        super().__init__()
+        self.right = right
 
     def call(self, model: ir.Model) -> Outcome:
         """Visit every Attention of rank 3."""
@@ -51,7 +62,7 @@ class PackAttention(ir.passes.InPlacePass):
         for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
             if node.op_type != "Attention" or node.domain != "":
                 continue
-            reason = _pack(node)
+            reason = _pack(node, right=self.right)
             if reason is None:
                 hits += 1
             else:
@@ -63,7 +74,7 @@ class PackAttention(ir.passes.InPlacePass):
         return Outcome(model, bool(hits), hits=hits, notes=tuple(notes))
 
 
-def _pack(node: ir.Node) -> str | None:
+def _pack(node: ir.Node, *, right: bool) -> str | None:
     """Replace `node`, or say why not."""
     graph = node.graph
     heads = node.attributes.get_int("q_num_heads", 0)
@@ -83,13 +94,14 @@ def _pack(node: ir.Node) -> str | None:
     padding = None if mask is None else _padding(mask)
     if mask is not None and padding is None:
         return f"the mask {mask.name!r} is not one of padding"
+    if padding is not None and not right:
+        return f"the mask {mask.name!r} may pad anywhere" if mask is not None else None
     if padding is not None and any(dim(padding, a) == 1 != dim(found[0].x, a) for a in (0, 1)):
         return f"the padding has shape {padding.shape}, the values have {found[0].x.shape}"
     nodes: list[ir.Node] = []
     inputs: list[ir.Value | None] = [found[0].x, *_packed(graph, found)]
     if padding is not None:
-        nodes.append(ir.node("Cast", [padding], attributes={"to": int(ir.DataType.INT32)}))
-        nodes[-1].outputs[0].name = f"{padding.name}_int32"
+        nodes += _lengths(graph, padding)
         inputs.append(nodes[-1].outputs[0])
     size = dim(found[0].weight, 1)
     assert isinstance(size, int)
@@ -102,6 +114,34 @@ def _pack(node: ir.Node) -> str | None:
     nodes.append(ir.node("Attention", inputs, attributes=attributes, domain="com.microsoft"))
     edit.replace(node.outputs[0], nodes[-1].outputs[0], nodes)
     return None
+
+
+def _lengths(graph: ir.Graph, padding: ir.Value) -> list[ir.Node]:
+    """int32 (batch): how many keys of each row are seen; equal nodes are merged later."""
+    cast = ir.node("Cast", [padding], attributes={"to": int(ir.DataType.INT32)})
+    axis = edit.constant(graph, f"{padding.name}_axis", np.array([1], np.int64))
+    total = ir.node("ReduceSum", [cast.outputs[0], axis], attributes={"keepdims": 0})
+    for node, name in ((cast, "int32"), (total, "lengths")):
+        node.outputs[0].name = f"{padding.name}_{name}"
+        node.outputs[0].type = ir.TensorType(ir.DataType.INT32)
+    return [cast, total]
+
+
+def padded_right(model: ir.Model) -> tuple[str, ...]:
+    """The inputs of which the graph reads how many of a row are not 0, and not which."""
+    todo = [
+        n.inputs[3]
+        for n in ir.traversal.RecursiveGraphIterator(model.graph)
+        if n.domain == "com.microsoft" and n.op_type == "Attention" and len(n.inputs) > 3
+    ]
+    found: dict[str, None] = {}
+    while todo:
+        value = todo.pop()
+        if value is not None and value.is_graph_input():
+            found[str(value.name)] = None
+        elif value is not None and (node := value.producer()) is not None:
+            todo += node.inputs
+    return tuple(found)
 
 
 def _projection(value: ir.Value | None) -> _Projection | None:
@@ -143,24 +183,26 @@ def _packed(graph: ir.Graph, parts: list[_Projection]) -> list[ir.Value]:
 
 def _padding(mask: ir.Value) -> ir.Value | None:
     """[batch, keys], True where a key is to be seen, that a mask of padding was made of."""
-    expand = producer(mask, "Expand")
-    where = producer(mask if expand is None else expand.inputs[0], "Where")
-    if where is None:
-        return None
-    seen, yes, no = where.inputs
-    depth = scalar(no)
-    if scalar(yes) != 0.0:
-        return None
-    if depth is None or not np.finfo(np.float32).min <= depth <= DEEP:
-        return None
-    expand = producer(seen, "Expand")
-    if expand is not None:  # over queries: the last dimension stays
-        seen = expand.inputs[0]
-    unsqueeze = producer(seen, "Unsqueeze")
-    if unsqueeze is None or rank(seen) != 4:
-        return None
-    source = unsqueeze.inputs[0]
-    axes = ints(unsqueeze, "axes", 1)
-    if axes is None or sorted(a % 4 for a in axes) != [1, 2] or rank(source) != 2:
-        return None
-    return source if source is not None and source.dtype == ir.DataType.BOOL else None
+    value: ir.Value | None = mask
+    views: list[str] = []
+    while (node := producer(value, "Expand", "Unsqueeze", "Where")) is not None:
+        if node.op_type == "Where":
+            seen, yes, no = node.inputs
+            depth = scalar(no)
+            if scalar(yes) != 0.0 or depth is None or views.count("Where"):
+                return None
+            if not np.finfo(np.float32).min <= depth <= DEEP:
+                return None
+            value = seen
+        elif node.op_type == "Unsqueeze":
+            axes = ints(node, "axes", 1)
+            if axes is None or sorted(a % 4 for a in axes) != [1, 2] or rank(node.inputs[0]) != 2:
+                return None
+            value = node.inputs[0]
+        else:  # over queries: the last dimension stays
+            if not same_dim(dim(node.inputs[0], -1), dim(value, -1)):
+                return None
+            value = node.inputs[0]
+        views.append(node.op_type)
+    known = value is not None and value.dtype == ir.DataType.BOOL and rank(value) == 2
+    return value if known and "Unsqueeze" in views else None

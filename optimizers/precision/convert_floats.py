@@ -49,17 +49,26 @@ class ConvertFloats(ir.passes.InPlacePass):
             is inside of it).
         keep_io: Whether inputs and outputs stay float32, with one Cast each. Where False, the
             signature changes, and it is the caller who has to know.
+        half: Names of inputs and outputs that do not stay even so: a cache that is appended to in
+            place has to be of the type that its kernel computes in.
 
     Raises:
         UsageError: There is no such precision.
     """
 
-    def __init__(self, precision: str, *, keep: Collection[str] = (), keep_io: bool = True) -> None:
+    def __init__(
+        self,
+        precision: str,
+        *,
+        keep: Collection[str] = (),
+        keep_io: bool = True,
+        half: Collection[str] = (),
+    ) -> None:
         super().__init__()
         self.half = half_of(precision)
         self.keep = frozenset(keep)
-        self.keep_io = keep_io
-        self.changes_signature = not keep_io  # the pipeline reads it
+        self.keep_io, self.half_io = keep_io, frozenset(half)
+        self.changes_signature = not keep_io or bool(half)  # the pipeline reads it
 
     def call(self, model: ir.Model) -> Outcome:
         """Decide for each node, then for each value, then rewire."""
@@ -120,7 +129,7 @@ class _Writer:
         self, model: ir.Model, convert: ConvertFloats, plan: Plan, bad: list[Unfit]
     ) -> None:
         self.model, self.plan, self.half = model, plan, convert.half
-        self.keep_io = convert.keep_io
+        self.keep_io, self.half_io = convert.keep_io, convert.half_io
         self.constants = dict(constants(model))
         self.masks = {(b.value, *b.edge) for b in bad if b.role == "mask"}
         self.made: dict[tuple[ir.Value, Wanted], ir.Value] = {}
@@ -136,8 +145,8 @@ class _Writer:
 
     def write(self) -> int:
         """Rewire the graph; how many nodes compute in the type now."""
-        if not self.keep_io:
-            self.halves |= {v for v in self.model.graph.inputs if v.dtype == FLOAT}
+        inputs = (v for v in self.model.graph.inputs if v.dtype == FLOAT)
+        self.halves |= {v for v in inputs if not self.keep_io or v.name in self.half_io}
         edges = list(self._edges())
         self._convert_constants(edges)
         self._write_outputs()
@@ -193,8 +202,9 @@ class _Writer:
     def _write_outputs(self) -> None:
         for graph in self.model.graphs():
             main = graph is self.model.graph
-            wanted = self.half.dtype if main and not self.keep_io else FLOAT
             for index, value in enumerate(graph.outputs):
+                half = main and (not self.keep_io or value.name in self.half_io)
+                wanted = self.half.dtype if half else FLOAT
                 have = self.half.dtype if value in self.halves else value.dtype
                 if value.dtype != FLOAT or have == wanted or value.is_graph_input():
                     continue
