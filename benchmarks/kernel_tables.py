@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from onnxpress.optimizers import TARGETS
 ROOT = Path(__file__).parent.parent
 OPSET = max(target.opset for target in TARGETS.values())
 # ONNX Runtime writes these for itself, after it has placed a graph.
-INTERNAL = ("com.ms.internal.nhwc", "com.microsoft.nchwc")
+INTERNAL = ("com.ms.internal.nhwc", "com.microsoft.nchwc", "MemcpyFromHost", "MemcpyToHost")
+TYPES = ("float", "float16", "bfloat16", "double", "int32", "int64", "int8", "uint8", "bool")
 PROVIDERS = {
     "cpu": ("CPUExecutionProvider", "onnxruntime"),
     "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu"),
@@ -84,8 +86,9 @@ else:
                   for n in a.get_nodes()}
         if set(placed.values()) != {provider}:
             return f"placed on {placed}"
-        return [[i for i, m in enumerate(infos) if "cpu" in m.name.lower()]
-                for infos in (session.get_input_memory_infos(), session.get_output_memory_infos())]
+        infos = session.get_input_memory_infos(), session.get_output_memory_infos()
+        memory = [[i for i, m in enumerate(row) if "cpu" in m.name.lower()] for row in infos]
+        return [memory, sorted(placed)]
     print(json.dumps([probe(path) for path in sys.argv[2:]]))
 """
 
@@ -145,7 +148,7 @@ def table(rows: list[list[Any]]) -> dict[str, list[dict[str, Any]]]:
     """`domain::Op` (domain left out for ai.onnx) -> its kernels, oldest first."""
     grouped: dict[str, dict[tuple[int, int], list[Any]]] = defaultdict(lambda: defaultdict(list))
     for domain, op, first, last, types in rows:
-        if domain not in INTERNAL:
+        if domain not in INTERNAL and op not in INTERNAL:
             grouped[f"{domain}::{op}" if domain else op][first, last].append(types)
     return {
         op: [
@@ -163,6 +166,11 @@ def schema_of(op: str, schemas: list[dict[str, Any]]) -> dict[str, Any] | None:
     known = [s for s in schemas if (s["op"], s["domain"]) == (name, domain)]
     known = [s for s in known if domain or s["since"] <= OPSET]
     return max(known, key=lambda s: s["since"], default=None)
+
+
+def in_onnx(op: str) -> bool:
+    """Whether the package onnx knows it: ONNX Runtime has ops of its own, some in ai.onnx too."""
+    return "::" not in op and onnx.defs.has(op, OPSET, "")
 
 
 def signature(schema: dict[str, Any], kernels: list[dict[str, Any]]) -> dict[str, Any]:
@@ -217,6 +225,19 @@ def takes(kernel: dict[str, Any], since: int) -> bool:
     return first == since or (last is not None and first < since <= last)
 
 
+def probed(
+    provider: str, env: dict[str, str], asked: list[tuple[str, str, onnx.ModelProto]]
+) -> Iterator[tuple[str, str, Any]]:
+    """(op, label, answer) of each graph: memory and ops placed on the provider, or an error."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, f"{i}.onnx") for i in range(len(asked))]
+        for path, (_, _, graph) in zip(paths, asked, strict=True):
+            onnx.save(graph, path)
+        answers = ask(env, provider, *map(str, paths))
+    for (op, label, _), answer in zip(asked, answers, strict=True):
+        yield op, label, answer
+
+
 def host_memory(
     provider: str,
     env: dict[str, str],
@@ -224,34 +245,49 @@ def host_memory(
     schemas: dict[str, dict[str, Any]],
 ) -> tuple[dict[str, list[list[int]]], dict[str, str]]:
     """`op: [inputs, outputs]` in host memory; and why the other ops could not be asked."""
-    asked: list[tuple[str, Path]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for op, kernels in ops.items():
-            kernel = next((k for k in reversed(kernels) if takes(k, schemas[op]["since"])), None)
-            for graph in graphs(schemas[op], kernel) if kernel else ():
-                asked.append((op, Path(folder, f"{len(asked)}.onnx")))
-                onnx.save(graph, asked[-1][1])
-        answers = ask(env, provider, *(str(path) for _, path in asked))
+    asked = []
+    for op, kernels in ops.items():
+        kernel = next((k for k in reversed(kernels) if takes(k, schemas[op]["since"])), None)
+        asked += [(op, "", graph) for graph in graphs(schemas[op], kernel)] if kernel else []
     host: dict[str, list[list[int]]] = {}
     mute: dict[str, str] = {}
-    for (op, _), answer in zip(asked, answers, strict=True):
+    for op, _, answer in probed(provider, env, asked):
         if isinstance(answer, str):
             mute.setdefault(op, answer)
-        elif len(answer[0]) + len(answer[1]) >= sum(map(len, host.get(op, ()))):
-            host[op] = answer
+        elif sum(map(len, answer[0])) >= sum(map(len, host.get(op, ()))):
+            host[op] = answer[0]
     mute = {op: why for op, why in mute.items() if op not in host}
     return {op: seen for op, seen in host.items() if any(seen)}, mute
 
 
-def decomposed(taken: list[set[str]]) -> list[str]:
-    """Ops with a body of other ops and no kernel anywhere: ONNX Runtime writes the body instead."""
-    return sorted(
-        schema.name
-        for schema in onnx.defs.get_all_schemas()
-        if not schema.domain
-        and (schema.has_function or schema.has_context_dependent_function)
-        and not any(schema.name in ops for ops in taken)
-    )
+def decomposed(
+    provider: str, env: dict[str, str], schemas: list[dict[str, Any]]
+) -> dict[str, list[str]]:
+    """Ops that ONNX Runtime replaces by their bodies, and the types in which it places all of them.
+
+    It does so where neither the provider nor the CPU has a kernel for the type.
+    """
+    asked = []
+    for name in sorted({s.name for s in onnx.defs.get_all_schemas() if not s.domain}):
+        known = onnx.defs.has(name, OPSET, "") and onnx.defs.get_schema(name, OPSET, "")
+        schema = schema_of(name, schemas)
+        if not known or schema is None:
+            continue
+        if known.has_function or known.has_context_dependent_function:
+            for dtype in TYPES:
+                types = {
+                    var: [plain(dtype)]
+                    for var, allowed in schema["types"].items()
+                    if f"tensor({dtype})" in allowed
+                }
+                if types:
+                    graph = graphs(schema, {"types": types})[-1]
+                    asked.append((name, plain(dtype), graph))
+    found: dict[str, list[str]] = defaultdict(list)
+    for op, dtype, answer in probed(provider, env, asked):
+        if not isinstance(answer, str) and op not in answer[1]:
+            found[op].append(dtype)
+    return dict(found)
 
 
 def compact(content: dict[str, Any]) -> str:
@@ -273,8 +309,9 @@ def main() -> None:
     provider, package = PROVIDERS[name]
     env = environment(name)
     said = ask(env, provider)
+    if provider not in said["kernels"]:
+        sys.exit(f"onnxruntime {said['version']} has no {provider}: see --help")
     ops = table(said["kernels"][provider])
-    everywhere = [set(table(rows)) for rows in said["kernels"].values()]
     schemas = {op: schema for op in ops if (schema := schema_of(op, said["schemas"]))}
     ops = {op: kernels for op, kernels in ops.items() if op in schemas}
     host, mute = ({}, {}) if name == "cpu" else host_memory(provider, env, ops, schemas)
@@ -284,11 +321,11 @@ def main() -> None:
         "source": f"{package} {said['version']}",
         "provider": provider,
         "opset": OPSET,
-        "decomposed": decomposed(everywhere),
+        "decomposed": decomposed(provider, env, said["schemas"]),
         "unasked": sorted(mute),
         "host": host,
         "signatures": {
-            op: signature(schemas[op], kernels) for op, kernels in ops.items() if "::" in op
+            op: signature(schemas[op], kernels) for op, kernels in ops.items() if not in_onnx(op)
         },
         "ops": ops,
     }

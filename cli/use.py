@@ -32,15 +32,15 @@ MOST_IN_TABLE = 20  # texts of which a table of similarities still fits a termin
 @click.option("--question", metavar="TEXT", help="What an answer model looks for in the texts.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--no-truncate", is_flag=True, help="Refuse text that is too long for the model.")
-@click.option("--provider", default="cpu", show_default=True, metavar="NAME,...",
-              help="cpu, cuda, tensorrt, ...: the first that takes every node.")  # fmt: skip
+@click.option("--provider", metavar="NAME,...",
+              help="What DIR is for, or the first of these that takes every node.")  # fmt: skip
 @click.option("--allow-fallback", is_flag=True,
               help="Spread the nodes over the providers, the CPU last.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="Threads of one run on the CPU.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON a record.")
 def run(
     directory: str,
-    provider: str,
+    provider: str | None,
     allow_fallback: bool,
     threads: int | None,
     no_truncate: bool,
@@ -63,7 +63,7 @@ def run(
             threads=threads,
             truncate=not no_truncate,
         )
-        if "," in provider or allow_fallback:
+        if "," in (provider or "") or allow_fallback:
             session = model if isinstance(model, runtime.Session) else model.session
             _tell_provider(session, spread=allow_fallback)
         rows = _RUN[manifest.task](model, asked)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from .kernels import PRECISIONS, TABLES, Importers, Kernels, kernels
 from .kernels.schema import dtype_name, either, op_name
+from .read import constant
 from .target import Target
 
 SIZES_ON_CPU = "ONNX Runtime computes sizes on the CPU"
@@ -148,7 +149,7 @@ def _goes_along(
     dtype = dtype_name(value)
     if value is None or dtype in HALVES or (dtype or "").startswith(FLOAT8):
         return False
-    if value in given or ((fixed := value.const_value) is not None and fixed.size <= SMALL):
+    if value in given or ((fixed := constant(value)) is not None and fixed.size <= SMALL):
         return True
     return value in host and not read_from_host
 

@@ -12,8 +12,8 @@ from ..errors import UsageError
 from ..optimizers import TARGETS, Target
 from ..optimizers.lower.fuse_group_query_attention import shared_caches
 from ..optimizers.outcome import Outcome
-from ..optimizers.placeable import unplaced
 from ..optimizers.pipeline import Change, lowered, pass_name, run_passes
+from ..optimizers.placeable import unplaced
 from ..optimizers.precision.convert_floats import ConvertFloats
 from ..optimizers.precision.emulate_floats import EmulateFloats
 from ..optimizers.precision.float_rules import label
@@ -358,7 +358,7 @@ def halves(
     notes = {o.node: f"stays in float32: {o}" for o in wide}
     notes |= {name: f"stays in float32: {u.op} {name!r}: {u.why}" for name, u in lacking.items()}
     recipe = {
-        "kept_in_float32": sorted(_within(graph, names, probed)),
+        "kept_in_float32": sorted(_within(graph, names, probed) | set(lacking)),
         "inputs_and_outputs": precision if half_io else "fp32",
     }
     return Maker(make, tuple(found), recipe, tuple(notes.values()), reasons=reasons)

@@ -61,7 +61,7 @@ def reference_of(source: Source, file: str | os.PathLike[str] | None = None) -> 
         return pytorch(source)
     assert file is not None
     try:
-        original = Session(file, optimize=False)
+        original = Session(file, provider="cpu", optimize=False)
     except (ArtifactError, ProviderError) as e:  # it is no artifact yet, but what the user gave
         again = "export it again at opset 7 or newer, or without that op"
         hint = None if Path(file).is_dir() else again

@@ -220,7 +220,7 @@ def _numerics(
     sessions = []
     for name, path in (("A", a), ("B", b)):
         try:
-            sessions.append(Session(path, optimize=False))
+            sessions.append(Session(path, provider="cpu", optimize=False))
         except OnnxpressError as e:
             return {"points": points, "not_compared": f"{name} cannot be opened: {e.what}"}
     first, second = sessions

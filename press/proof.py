@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import artifact
-from ..artifact import Manifest
-from ..errors import ArtifactError, GateError, OnnxpressError
+from ..artifact import Manifest, TensorSpec
+from ..errors import ArtifactError, GateError, OnnxpressError, ProviderError
 from .common import is_data, needs_export, reference_of
+from .shared_cache import as_concat
 
 if TYPE_CHECKING:
     from ..exporter import Parity, Reference
     from ..runtime import Session
 
 Progress = Callable[[str], None]
+Run = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass
@@ -51,10 +53,11 @@ def verify(
     progress("hash the files")
     artifact.check_files(directory, manifest, hashes=True)
     found = [Finding("files", True, f"{len(manifest.files)} files have the published sha256")]
-    from ..runtime import Session
-
     progress("open the session")
-    session = Session(directory)
+    try:
+        session = _open(directory, manifest)
+    except ProviderError as e:
+        return [*found, Finding("signature", None, f"it does not run here: {e.what}")]
     for side in ("inputs", "outputs"):
         have, want = getattr(session, side), getattr(manifest, side)
         if [str(s) for s in have] != [str(s) for s in want]:
@@ -67,6 +70,22 @@ def verify(
     found.append(Finding("signature", True, "; ".join(map(str, session.inputs))))
     found.extend(_verify_parity(manifest, session, source, trust_pickle, progress))
     return found
+
+
+def _open(directory: str | os.PathLike[str], manifest: Manifest) -> Session:
+    """Where it was made for; where that is not at hand on the CPU, as the graph stands.
+
+    Raises:
+        ProviderError: The CPU has no kernel for a node of it, either.
+    """
+    from ..runtime import Session
+
+    if manifest.target.get("provider") in ("any", "cpu"):
+        return Session(directory, provider="cpu")
+    try:
+        return Session(directory)
+    except ProviderError:
+        return Session(directory, provider="cpu", optimize=False)
 
 
 def _verify_parity(
@@ -118,16 +137,34 @@ def _unmade(why: str) -> Finding:
 
 
 class _AsSession:
-    """A reference that answers as a session does: it has the artifact's manifest and tokenizer."""
+    """What answers as a session does, with an artifact's manifest and tokenizer.
 
-    def __init__(self, reference: Reference, session: Session) -> None:
+    With a cache that is shared it has the inputs of its reference, which joins past and new.
+    """
+
+    def __init__(self, reference: Reference, session: Session, run: Run | None = None) -> None:
+        assert session.manifest is not None
         self.path, self.manifest = session.path, session.manifest
         self.inputs, self.outputs = session.inputs, session.outputs
-        self._run = reference.run
+        kv = session.manifest.kv
+        if kv is not None and kv.get("layout") == "shared":
+            joined = {k: v for k, v in kv.items() if k not in ("layout", "lengths", "total")}
+            first = kv["past"].format(layer=0, part="key")
+            joined["dtype"] = str(reference.examples[first].dtype)
+            self.manifest = replace(session.manifest, kv=joined)
+            self.inputs = tuple(
+                TensorSpec(name, str(value.dtype), ("?",) * value.ndim)
+                for name, value in reference.examples.items()
+            )
+        self._run = run or self._of(reference)
+
+    def _of(self, reference: Reference) -> Run:
+        names = [o.name for o in self.outputs]
+        return lambda feeds: dict(zip(names, reference.run(feeds), strict=True))
 
     def run(self, feeds: dict[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
         """Outputs by name."""
-        every = dict(zip((o.name for o in self.outputs), self._run(feeds), strict=True))
+        every = self._run(feeds)
         return every if outputs is None else {name: every[name] for name in outputs}
 
     run_unchecked = run
@@ -156,6 +193,10 @@ def _verify_drift(
         return Finding("drift", None, f"the examples of {judged['from']} are others by now")
     progress(f"drift from {reference.name}")
     original = cast("Session", _AsSession(reference, session))
+    kv = session.manifest.kv
+    if kv is not None and kv.get("layout") == "shared":
+        joined = _AsSession(reference, session, as_concat(session.run, kv))
+        session = cast("Session", joined)
     evaluator = evaluator_of(original, sets.evaluation)
     budget = precision["drift"]["budget"]
     drift = evaluator.drift(evaluator.answers(original), session, float(budget))

@@ -37,7 +37,7 @@ def as_concat(run: Run, kv: Mapping[str, Any]) -> Callable[[Feeds], dict[str, Ar
 
     Args:
         run: Feeds of the shared graph to all of its outputs, in its order.
-        kv: `Manifest.kv` of the shared graph: layers, the names of the cache, of the lengths and
+        kv: `Manifest.kv` of the shared graph: layers, the dtype and the names of the cache, of the lengths and
             of the total, and the window.
 
     Returns:
@@ -93,6 +93,7 @@ class _Adapter:
         past, present = ([kv[way].format(layer=n, part=p) for n, p in places] for way in _WAYS)
         self.past_of: dict[str, str] = dict(zip(present, past, strict=True))
         self.lengths, self.total = kv["lengths"], kv["total"]
+        self.dtype = kv["dtype"]
         self.least = int(kv.get("window") or 1)
 
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
@@ -125,7 +126,7 @@ class _Adapter:
         for name in self.past_of.values():
             value = feeds[name]
             heads, size = value.shape[1], value.shape[3]
-            found[name] = np.zeros((len(rows), heads, capacity, size), value.dtype)
+            found[name] = np.zeros((len(rows), heads, capacity, size), self.dtype)
             for to, row, seen in zip(found[name], rows, before, strict=True):
                 to[:, : seen.sum()] = value[row][:, seen]
         found[self.lengths] = (totals - 1).astype(np.int32)

@@ -54,7 +54,7 @@ _TRUNCATING = ("embed", "classify", "translate")
 def load(
     path: str | os.PathLike[str],
     *,
-    provider: str | Sequence[str] = "cpu",
+    provider: str | Sequence[str] | None = None,
     allow_fallback: bool = False,
     threads: int | None = None,
     verify: bool = True,
@@ -65,8 +65,8 @@ def load(
 
     Args:
         path: The artifact directory.
-        provider: A name, or several in order of preference ("tensorrt,cuda,cpu"): the first that
-            takes every node; see `Session`.
+        provider: None for the one that the artifact was made for. A name, or several in order of
+            preference ("tensorrt,cuda,cpu"): the first that takes every node; see `Session`.
         allow_fallback: Spread the nodes over all of them, and over the CPU as the last.
         threads: Threads of one run on the CPU.
         verify: Check the sha256 of every file (about a second for a GB); sizes are always checked.

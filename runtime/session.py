@@ -33,7 +33,8 @@ class Session:
 
     Args:
         path: A model.onnx, or an artifact directory.
-        provider: A name (cpu, cuda, tensorrt, openvino, coreml, directml, qnn, migraphx), several
+        provider: None for the one that the artifact was made for (the CPU, where that is any). A
+            name (cpu, cuda, tensorrt, openvino, coreml, directml, qnn, migraphx), several
             with commas, or a sequence of them.
         allow_fallback: Spread the nodes over all the providers asked for, in this order, and over
             the CPU as the last; each of them must be there.
@@ -74,7 +75,7 @@ class Session:
         self,
         path: str | os.PathLike[str],
         *,
-        provider: str | Sequence[str] = "cpu",
+        provider: str | Sequence[str] | None = None,
         allow_fallback: bool = False,
         threads: int | None = None,
         arena: bool = True,
@@ -117,7 +118,7 @@ class Session:
         self._plans, self._session, self.skipped = take(
             self._model,
             Wish(
-                providers.resolve(provider),
+                providers.resolve(provider or made_for(self.manifest)),
                 provider_options or {},
                 self.manifest,
                 shapes,
@@ -255,3 +256,9 @@ class Session:
 
     def _failed(self, e: Exception) -> OnnxpressError:
         return self._model.failed_run(e, list(self._plans))
+
+
+def made_for(manifest: Manifest | None) -> str:
+    """The provider that an artifact was made for: "cpu" for what any may run."""
+    target = str(manifest.target.get("provider", "any")) if manifest else "any"
+    return "cpu" if target == "any" else target

@@ -30,6 +30,7 @@ from . import onnx_models
 VOCAB, D = 32, 8
 KV = {
     "layers": 1,
+    "dtype": "float32",
     "past": "past_key_values.{layer}.{part}",
     "present": "present.{layer}.{part}",
     "lengths": "seqlens_k",

@@ -320,7 +320,10 @@ print(json.dumps(found))
 def made(wheel, tmp_path_factory) -> dict:
     """What `optimize` makes of one embedder in each precision, on the wheel of OpenVINO."""
     folder = tmp_path_factory.mktemp("openvino")
-    planted.embedder(folder / "source")
+    planted.embedder(folder / "planted")
+    # Its mask has one row, which Attention of that wheel's CPU provider reads wrong, and without an
+    # error: what the graph is held against would be wrong itself.
+    onnxpress.optimize(folder / "planted", folder / "source")
     planted.texts(folder / "calibration.txt", 24, 0)
     planted.texts(folder / "evaluation.txt", 12, 1)
     names = [*TARGETS["openvino"].precisions, "auto"]

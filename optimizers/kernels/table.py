@@ -26,7 +26,8 @@ class Kernels:
         content: The table. `ops` lists the kernels of each op: `since`, the first and the last
             version of the op that a kernel is for (no last one: the first alone), and the `types`
             that each of its type variables may have. `host` lists the inputs and outputs that lie
-            in host memory, `decomposed` the ops that ONNX Runtime replaces by their bodies.
+            in host memory; `decomposed` the ops, and the types of their first input, that it replaces by
+            their bodies, all of which it computes.
 
     Attributes:
         name: The provider's short name.
@@ -47,7 +48,7 @@ class Kernels:
         self.source: str = content["source"]
         self._ops: Mapping[str, Any] = content["ops"]
         self._host: Mapping[str, Any] = content.get("host", {})
-        self._decomposed = frozenset(content.get("decomposed", ()))
+        self._decomposed: Mapping[str, Any] = content.get("decomposed", {})
         self._signatures: Mapping[str, Any] = content.get("signatures", {})
         self.sizes_on_host = bool(self._host)
 
@@ -61,7 +62,9 @@ class Kernels:
             opset: The ai.onnx opset of that graph.
         """
         op = op_name(node)
-        if op in self._decomposed or op == "Constant":
+        # ONNX Runtime makes initializers of Constants, and has no kernel of bodies that it unfolds.
+        first = dtype_name(node.inputs[0]) if node.inputs else None
+        if op == "Constant" or first in self._decomposed.get(op, ()):
             return None
         if op not in self._ops:
             return "no kernel"

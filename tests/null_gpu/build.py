@@ -2,7 +2,7 @@
 
 Which libraries, which symbols and which symbol versions are read from the provider libraries of the
 wheel itself, so that nothing here is bound to its version. Every symbol gets a weak stub that
-returns 0 (success in all of these libraries); cudart.c and cublas.c define those that matter.
+returns 0 (success in all of these libraries); the C files beside this one define those that matter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LIBRARIES = {
     "libcublasLt": "cublas.c",
     "libcurand": None,
 }
-TENSORRT_LIBRARIES = {"libnvinfer": None, "libnvonnxparser": None}
+TENSORRT_LIBRARIES = {"libnvinfer": "nvinfer.c", "libnvonnxparser": None}
 CUDNN = "libcudnn.so.9"
 
 
@@ -38,7 +38,8 @@ def build(site: Path, out: Path, *, cudnn: bool = True, tensorrt: bool = False) 
         out: where the libraries are written; several processes may ask for one folder at a time.
         cudnn: whether cuDNN is there, which the CUDA provider loads when the first operator asks.
         tensorrt: TensorRT's libraries too. They let the TensorRT provider load, and with
-            it `get_all_opkernel_def()` answer; a TensorRT session on them ends the process.
+            it `get_all_opkernel_def()` answer and the provider's options be read; where those are
+            right, a TensorRT session on them ends the process.
 
     Returns:
         The environment variables that a child process needs: its onnxruntime is then the one of

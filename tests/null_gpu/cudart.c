@@ -383,7 +383,9 @@ cudaError_t cudaMemcpyFromSymbol(void *to, const void *symbol, size_t size, size
     return cudaSuccess;
 }
 
-/* Streams, events, capture: names for things that are always done. */
+/* Streams, events, capture: names for things that are always done. That a graph is captured shows
+ * that nothing in it allocates or waits. What a copy into pageable memory does under a capture is
+ * not imitated: operators that read sizes from the device (NonZero) pass here. */
 static cudaError_t handle(void **made) {
     NEEDS_DEVICE();
     *made = malloc(16);

@@ -31,9 +31,10 @@ int cudnnBackendDestroyDescriptor(void *made) { free(made); return 0; }
 int cudnnBackendGetAttribute(void *descriptor, int name, int type, int64_t asked, int64_t *given,
                              void *values) {
     (void)descriptor, (void)name;
-    int64_t count = type == 15 /* descriptor */ ? 1 : type == 3 /* int64 */ && asked == 1;
-    if (count && type == 3) *(int64_t *)values = 0;
-    if (given) *given = count;
+    enum { INT64 = 3, DESCRIPTOR = 15, INT32 = 23 };
+    if (type == INT64 && asked == 1) *(int64_t *)values = 0;
+    if (type == INT32 && asked == 1) *(int32_t *)values = 0;
+    if (given) *given = type == DESCRIPTOR || ((type == INT64 || type == INT32) && asked == 1);
     return 0;
 }
 
