@@ -19,7 +19,7 @@ types: $(VENV)/.dev
 	mkdir -p .typecheck && ln -sfn .. .typecheck/onnxpress
 	MYPYPATH=.typecheck $(BIN)/mypy -p onnxpress
 
-check: $(VENV)/.dev $(VENV)/.gpu
+check: $(VENV)/.dev $(VENV)/.gpu $(VENV)/.openvino
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 bench: $(VENV)/.dev  ## every benchmark; each ends in one line of JSON
@@ -45,6 +45,11 @@ $(VENV)/.dev: $(VENV)/.demo
 # onnxruntime. Tests run it in processes of their own, on a GPU that is not there (tests/null_gpu).
 $(VENV)/.gpu: $(VENV)/.demo
 	$(PIP) --no-deps --upgrade --target $(VENV)/gpu onnxruntime-gpu
+	touch $@
+
+# The wheel with OpenVINO, in a folder of its own for the same reason (tests/test_openvino.py).
+$(VENV)/.openvino: $(VENV)/.demo
+	$(PIP) --no-deps --upgrade --target $(VENV)/openvino onnxruntime-openvino
 	touch $@
 
 clean:

@@ -170,7 +170,7 @@ def schema_of(op: str, schemas: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def in_onnx(op: str) -> bool:
     """Whether the package onnx knows it: ONNX Runtime has ops of its own, some in ai.onnx too."""
-    return "::" not in op and onnx.defs.has(op, OPSET, "")
+    return "::" not in op and onnx.defs.has(op, "")
 
 
 def signature(schema: dict[str, Any], kernels: list[dict[str, Any]]) -> dict[str, Any]:
@@ -209,9 +209,10 @@ def graphs(schema: dict[str, Any], kernel: dict[str, Any]) -> list[onnx.ModelPro
             for copy in range(2 if option == "Variadic" else 1)
         ]
         outputs = [f"y{i}" for i, p in enumerate(schema["outputs"]) if every or p[2] != "Optional"]
+        made, op = ", ".join(outputs), (schema["domain"] + "." if domain else "") + schema["op"]
         text = f"""<ir_version: 10, opset_import: ["" : {OPSET}{domain}]>
-            g ({", ".join(f"{dtype} {name}" for name, dtype in inputs)}) => ({", ".join(outputs)}) {{
-                {", ".join(outputs)} = {schema["domain"] + "." if domain else ""}{schema["op"]}
+            g ({", ".join(f"{dtype} {name}" for name, dtype in inputs)}) => ({made}) {{
+                {made} = {op}
                     {"<" + ", ".join(fill) + ">" if fill else ""}
                     ({", ".join(name for name, _ in inputs)})
             }}"""
@@ -246,7 +247,8 @@ def host_memory(
 ) -> tuple[dict[str, list[list[int]]], dict[str, str]]:
     """`op: [inputs, outputs]` in host memory; and why the other ops could not be asked."""
     asked = []
-    for op, kernels in ops.items():
+    for op in schemas:
+        kernels = ops[op]
         kernel = next((k for k in reversed(kernels) if takes(k, schemas[op]["since"])), None)
         asked += [(op, "", graph) for graph in graphs(schemas[op], kernel)] if kernel else []
     host: dict[str, list[list[int]]] = {}
@@ -281,13 +283,17 @@ def decomposed(
                     if f"tensor({dtype})" in allowed
                 }
                 if types:
-                    graph = graphs(schema, {"types": types})[-1]
-                    asked.append((name, plain(dtype), graph))
-    found: dict[str, list[str]] = defaultdict(list)
+                    forms = graphs(schema, {"types": types})
+                    asked += [(name, plain(dtype), form) for form in forms]
+    # A body depends on which inputs there are: it has to be placed with all of them, and without.
+    good: dict[tuple[str, str], bool] = {}
     for op, dtype, answer in probed(provider, env, asked):
-        if not isinstance(answer, str) and op not in answer[1]:
-            found[op].append(dtype)
-    return dict(found)
+        placed = not isinstance(answer, str) and op not in answer[1]
+        good[op, dtype] = good.get((op, dtype), True) and placed
+    return {
+        op: [dtype for (name, dtype), placed in good.items() if placed and name == op]
+        for op in sorted({op for (op, _), placed in good.items() if placed})
+    }
 
 
 def compact(content: dict[str, Any]) -> str:
@@ -312,8 +318,8 @@ def main() -> None:
     if provider not in said["kernels"]:
         sys.exit(f"onnxruntime {said['version']} has no {provider}: see --help")
     ops = table(said["kernels"][provider])
+    # Those without one are newer than OPSET; no graph of ours has them, so none is asked about.
     schemas = {op: schema for op in ops if (schema := schema_of(op, said["schemas"]))}
-    ops = {op: kernels for op, kernels in ops.items() if op in schemas}
     host, mute = ({}, {}) if name == "cpu" else host_memory(provider, env, ops, schemas)
     for op, why in mute.items():
         print(f"{op}: {why.splitlines()[0][:160]}")

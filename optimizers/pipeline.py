@@ -45,6 +45,9 @@ from .lift.lift_rms_normalization import LiftRmsNormalization
 from .lift.lift_rotary_embedding import LiftRotaryEmbedding
 from .lift.merge_attention_heads import MergeAttentionHeads
 from .lift.share_key_heads import ShareKeyHeads
+from .lower.decompose_attention import DecomposeAttention
+from .lower.decompose_rms_normalization import DecomposeRmsNormalization
+from .lower.decompose_rotary_embedding import DecomposeRotaryEmbedding
 from .lower.expand_attention_mask import ExpandAttentionMask
 from .lower.expand_rotary_cache import ExpandRotaryCache
 from .lower.fuse_bias_gelu import FuseBiasGelu
@@ -55,8 +58,10 @@ from .lower.fuse_integer_matmul import FuseIntegerMatmul
 from .lower.fuse_skip_layer_normalization import FuseSkipLayerNormalization
 from .lower.pack_attention import PackAttention
 from .lower.read_sizes_whole import ReadSizesWhole
+from .lower.rename_values import RenameValues
 from .lower.skip_empty_masks import SkipEmptyMasks
 from .lower.soften_attention_mask import SoftenAttentionMask
+from .lower.split_attention_heads import SplitAttentionHeads
 from .outcome import Miss, Outcome
 from .target import Target
 
@@ -193,6 +198,11 @@ def lower(target: Target, change: Sequence[ir.passes.PassBase] = ()) -> list[ir.
         ("MatMulIntegerToFloat", FuseIntegerMatmul()),  # takes the bias, where no rule above did
         ("MatMulIntegerToFloat", FuseDynamicMatmul()),
     ]
+    absent: list[tuple[str, ir.passes.PassBase]] = [
+        ("Attention", DecomposeAttention()),
+        ("RMSNormalization", DecomposeRmsNormalization()),
+        ("RotaryEmbedding", DecomposeRotaryEmbedding()),
+    ]
     return [
         *([FuseGroupQueryAttention()] if target.precision in target.shares_cache else []),
         # (first: it reads masks as they were exported)
@@ -200,7 +210,10 @@ def lower(target: Target, change: Sequence[ir.passes.PassBase] = ()) -> list[ir.
         *([] if target.reads_lowest_float else [SoftenAttentionMask()]),
         *([] if target.broadcasts_attention_mask else [ExpandAttentionMask()]),
         *([] if target.broadcasts_rotary_cache else [ExpandRotaryCache()]),
+        *([SplitAttentionHeads()] if target.heads_apart else []),
         *([ReadSizesWhole()] if target.sizes_on_host else []),  # those of the Expands too
+        *(rule for op, rule in absent if op in target.decomposes),  # after all that read them
+        *([RenameValues(target.reserved_names)] if target.reserved_names else []),
         *change,  # of types: bodies would stay in float32
         *([SkipEmptyMasks()] if target.skips_empty_masks else []),  # last: no pass sees branches
     ]

@@ -82,7 +82,7 @@ def _in_graph(graph: ir.Graph, table: Kernels, opset: int, inside: str) -> Itera
     for node in graph:
         if node in refused:
             why = f"{table.label} has {refused[node]}{inside}"
-            yield _unplaced(node, why, _fix(node, table, opset))
+            yield _unplaced(node, why, _fix(node, refused[node], table, opset))
         elif node in on_cpu:
             fix = f"press it for {table.name}, which reads sizes whole, or allow fallback"
             yield _unplaced(node, SIZES_ON_CPU + inside, fix)
@@ -157,13 +157,13 @@ def _goes_along(
 # What helps ------------------------------------------------------------------------------------
 
 
-def _fix(node: ir.Node, table: Kernels, opset: int) -> str:
+def _fix(node: ir.Node, why: str, table: Kernels, opset: int) -> str:
     again = f"press it for {table.name}"
     seen = [dtype for dtype in map(dtype_name, (*node.inputs, *node.outputs)) if dtype]
     if "string" in seen:
         return "keep text out of the graph, where the tokenizer is"
     if isinstance(table, Importers):
-        return _fix_import(node, again)
+        return _fix_import(node, why, again)
     floats = [dtype for dtype in seen if dtype in {*PRECISIONS.values(), "float64"}]
     for dtype in dict.fromkeys(floats):
         others = {p: d for p, d in PRECISIONS.items() if d != dtype}
@@ -177,16 +177,15 @@ def _fix(node: ir.Node, table: Kernels, opset: int) -> str:
     return f"{again}, or allow fallback"
 
 
-def _fix_import(node: ir.Node, again: str) -> str:
+def _fix_import(node: ir.Node, why: str, again: str) -> str:
     if node.domain:
         return f"{again}: ops of another provider are left out"
-    untyped = [v for v in (*node.inputs, *node.outputs) if v and (v.shape is None or not v.dtype)]
-    if untyped:
+    if why.endswith("is unknown"):
         return (
             "give the graph's inputs types and shapes, and optimize it again, which infers the rest"
         )
     if node.op_type in INTEGER_LAYERS:
         return "press with --precision int8 for it: symmetric int8 without zero points"
     if node.op_type == "Attention":
-        return f"{again}: Attention of four dimensions, with the cache outside it"
+        return f"{again}: Attention then has one output, and the cache is outside it"
     return f"{again}, or allow fallback"

@@ -31,6 +31,7 @@ class Target:
         decomposes: Ops of ai.onnx that it lacks, and that are written in smaller ones.
         takes_bfloat16: Whether a graph may hold bfloat16, as scales of int8 tables do.
         reserved_names: Names of values that mean something to it.
+        heads_apart: Whether its Attention takes Q, K and V of rank 4 alone.
         padding: Where masks of padding are known to pad: "right", with a token in every row, lets
             kernels count keys in the place of masks.
         shares_cache: The precisions in which it has GroupQueryAttention, which appends to a cache
@@ -50,6 +51,7 @@ class Target:
     skips_empty_masks: bool = False
     sizes_on_host: bool = False
     shares_cache: tuple[str, ...] = ()
+    heads_apart: bool = False
     padding: Literal["any", "right"] = "any"
     disabled_optimizers: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ("fp32",)
@@ -108,6 +110,7 @@ TARGETS: dict[str, Target] = {
             23,
             precisions=("fp32", "fp16", "bf16", "int8"),
             quantized="int8",
+            heads_apart=True,
         ),
         # bf16 is an option of its session, not a type in the graph; the lowest float is -inf there.
         Target(

@@ -264,8 +264,8 @@ def int8(
     by_value = {s.value: s.alpha for s in learned.smoothings}
 
     # TensorRT reads scales that are constants, and those of a looked-up row are not.
-    scales = {} if target.takes_bfloat16 else {"scales": ir.DataType.FLOAT}
-    tables = [QuantizeEmbeddings(**scales)] if kind == "uint8" else []
+    wide = None if target.takes_bfloat16 else QuantizeEmbeddings(scales=ir.DataType.FLOAT)
+    tables = [wide or QuantizeEmbeddings()] if kind == "uint8" else []
 
     def make(keep: Collection[str]) -> Attempt:
         change = Change(base=[*pruning, *learned.passes(keep), *tables])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .. import artifact
 from ..artifact import Manifest
 from .common import graph_signature
-from .record import kv_of, placement_of, recorded, target_of
+from .record import kv_of, placement_of, recorded, runtime_of, target_of
 from .timing import default_shapes, time_against, time_sessions
 from .trial import open_staged
 
@@ -157,7 +157,10 @@ def change_precision(
         (path / name).unlink(missing_ok=True)  # not written over: a session may have it mapped
     model, drift = found.chosen.model, lab.judge(found.chosen)
     artifact.save_model(model, path)
-    session, why_not = open_staged(path, order, given.before)
+    chosen = found.chosen
+    session, why_not = open_staged(
+        path, order, given.before, target=chosen.target, options=chosen.options or None
+    )
     steps = [*base.steps, *found.chosen.steps]
     manifest = float32.manifest
     notes = manifest.source["notes"]
@@ -178,7 +181,8 @@ def change_precision(
         outputs=outputs,
         kv=kv,
         source={**manifest.source, "notes": notes},
-        target={**manifest.target, "precision": found.precision},
+        target={**manifest.target, "provider": chosen.target, "precision": found.precision},
+        runtime=runtime_of(chosen.target, chosen.options, manifest.runtime),
         ops=count_ops(model),
         passes=[recorded(s) for s in steps],
         precision=found.record,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,10 @@ def manifest_of(
         runtime["padding"] = dict.fromkeys(padded, "right")
     if order.shapes:
         runtime["shapes"] = {name: list(sizes) for name, sizes in order.shapes.items()}
+    if order.target == "openvino":
+        from ..runtime import openvino
+
+        runtime = runtime_of(order.target, openvino.options("fp32"), runtime)
     if before is not None and "optimize" in before.runtime:
         runtime["optimize"] = before.runtime["optimize"]
     return Manifest(
@@ -118,6 +122,17 @@ def target_of(name: str | None, task: str, precision: str = "fp32") -> Target:
 
     found = replace(TARGETS[name or "cpu"], precision=precision)
     return replace(found, padding="right") if task in TOKENIZED else found
+
+
+def runtime_of(target: str, options: Mapping[str, str], runtime: dict[str, Any]) -> dict[str, Any]:
+    """`Manifest.runtime` of what was judged on a target with these provider options."""
+    if not options:
+        return runtime
+    from ..runtime.wheels import RANGES
+
+    kept = {k: v for k, v in runtime.items() if k != "disabled_optimizers"}
+    wheel = RANGES.get(f"onnxruntime-{target}", artifact.ORT_RANGE)
+    return {**kept, "onnxruntime": wheel, "provider_options": dict(options)}
 
 
 def kv_of(kv: dict[str, Any] | None, model: ir.Model) -> dict[str, Any] | None:

@@ -37,8 +37,8 @@ def as_concat(run: Run, kv: Mapping[str, Any]) -> Callable[[Feeds], dict[str, Ar
 
     Args:
         run: Feeds of the shared graph to all of its outputs, in its order.
-        kv: `Manifest.kv` of the shared graph: layers, the dtype and the names of the cache, of the lengths and
-            of the total, and the window.
+        kv: `Manifest.kv` of the shared graph: layers, the dtype and the names of the cache, of the
+            lengths and of the total, and the window.
 
     Returns:
         A function of input_ids (batch, sequence), attention_mask (batch, past + sequence; none

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,20 +16,39 @@ if TYPE_CHECKING:
     from .road import Order
 
 
-def open_staged(path: Path, order: Order, before: Manifest | None) -> tuple[Session | None, str]:
-    """The graph on the CPU; where another target's has an op without a kernel there, which op."""
-    from ..optimizers import TARGETS
-    from ..runtime import Session
+def open_staged(
+    path: Path,
+    order: Order,
+    before: Manifest | None,
+    *,
+    target: str | None = None,
+    options: Mapping[str, str] | None = None,
+) -> tuple[Session | None, str]:
+    """The graph on the CPU; where another target's has an op without a kernel there, which op.
 
-    other = order.target not in (None, "cpu")
+    With `options` it runs on its own provider, which takes every node or the graph is refused; for
+    openvino they are those of float32 where none are given and it is here.
+    """
+    from ..optimizers import TARGETS
+    from ..runtime import Session, openvino
+
+    target = target or order.target
+    if options is None and target == "openvino" and not openvino.missing():
+        options = openvino.options("fp32")
+    other = target not in (None, "cpu")
     # Another provider's graph is checked as it is: what ONNX Runtime would make of it for the CPU
     # says nothing about it.
     optimize = False if other else before.runtime.get("optimize") if before else None
     try:
-        disabled = TARGETS[order.target].disabled_optimizers if order.target else ()
+        disabled = TARGETS[target].disabled_optimizers if target else ()
+        if options and target:
+            given = {target: options}
+            return Session(path, provider=target, provider_options=given, optimize=optimize), ""
         return Session(path, optimize=optimize, disabled_optimizers=disabled), ""
     except (ProviderError, ArtifactError) as e:  # `path` is about to go: name the source instead
         if other and isinstance(e, ProviderError):
+            if options:
+                raise ProviderError(e.what, where=order.spec, hint=e.hint) from e
             return None, e.what
         raise ExportError(
             f"ONNX Runtime does not open the graph: {e.what}",

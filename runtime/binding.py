@@ -57,10 +57,15 @@ class Binding:
     """
 
     def __init__(
-        self, session: Session, residence: Residence, outputs: Sequence[str] | None
+        self,
+        session: Session,
+        residence: Residence,
+        outputs: Sequence[str] | None,
+        *,
+        capture: bool = True,
     ) -> None:
         self._session, self._memory = session, residence.memory
-        self._graphs = residence.graphs
+        self._graphs = residence.graphs if capture else None
         self._inputs = {i.name: i for i in session.inputs}
         known = {o.name: o for o in session.outputs}
         names = list(known) if outputs is None else list(outputs)
@@ -81,7 +86,7 @@ class Binding:
         # On the caller's stream a run only enqueues.
         waits = {} if self._memory.stream is None else {_NO_WAIT: "1"}
         self._entries = dict(waits)
-        free = dict(waits) if self._graphs is None else {**waits, "gpu_graph_id": "-1"}
+        free = dict(waits) if residence.graphs is None else {**waits, "gpu_graph_id": "-1"}
         self._options = graph_capture.run_options(self._memory.rt, **free) if free else None
         self._buckets: dict[Any, Bucket] = {}
         self._bucket: Bucket | None = None

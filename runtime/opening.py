@@ -111,10 +111,18 @@ class Model:
         return rt.InferenceSession(
             str(model),
             options,
-            providers=[(providers.PROVIDERS[n].ort, dict(p.options)) for n, p in plans.items()],
+            providers=[
+                (providers.PROVIDERS[n].ort, {**self._threads_of(n), **p.options})
+                for n, p in plans.items()
+            ],
             disabled_optimizers=list(self.disabled),
             enable_fallback=0,
         )
+
+    def _threads_of(self, provider: str) -> dict[str, str]:
+        """Options that give a provider with threads of its own as many as were asked for."""
+        own = provider == "openvino" and self.threads is not None
+        return {"num_of_threads": str(self.threads)} if own else {}
 
     def strict(self, plans: Mapping[str, Plan], *, captures: bool = False) -> Any:
         """An InferenceSession with every node on the providers of `plans`.

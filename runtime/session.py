@@ -69,6 +69,7 @@ class Session:
         provider: The short name of the provider that took the nodes; the first of those asked for
             with `allow_fallback`.
         skipped: Those before it that did not take them, and why.
+        cuda_graph: Whether it records the kernels of a run and replays them.
     """
 
     def __init__(
@@ -133,8 +134,8 @@ class Session:
         self._check = Checker(self.inputs, recorded.get("padding"))
         self._profile = next((p.profile for p in self._plans.values() if p.profile), None)
         self._output_names = [o.name for o in self.outputs]
-        captures = any(p.graph_option for p in self._plans.values())
-        self._run_options = uncaptured(self._rt) if captures else None
+        self.cuda_graph = any(p.graph_option for p in self._plans.values())
+        self._run_options = uncaptured(self._rt) if self.cuda_graph else None
 
     # Running ----------------------------------------------------------------------------------
 
@@ -183,16 +184,18 @@ class Session:
 
     # On memory that stays ----------------------------------------------------------------------
 
-    def bind(self, outputs: Sequence[str] | None = None) -> Binding:
+    def bind(self, outputs: Sequence[str] | None = None, *, capture: bool = True) -> Binding:
         """Inputs and outputs bound to memory, for runs that copy nothing; see `Binding`.
 
         Args:
             outputs: Names of the outputs wanted; None for all.
+            capture: Whether a session with CUDA graphs records the runs. False suits shapes that
+                hardly come again: each recording holds memory until the session is closed.
 
         Raises:
             InputError: There is no such output, or one of its type cannot be bound.
         """
-        return Binding(self, self._residence, outputs)
+        return Binding(self, self._residence, outputs, capture=capture)
 
     def buffer(self, shape: Sequence[int], dtype: Any, device: str | None = None) -> Buffer:
         """A tensor of memory that stays where it is, its values undefined; see `Buffer`.

@@ -41,7 +41,7 @@ class SharedCache:
         self._idle: list[_Lane] = []  # the longest unused first
         self._lock = threading.Lock()
         # While one thread captures a CUDA graph, no other may use the device.
-        self._captured = getattr(session, "cuda_graph", False)
+        self._captured = session.cuda_graph
         self._turn: AbstractContextManager[object] = (
             threading.Lock() if self._captured else nullcontext()
         )
@@ -116,8 +116,8 @@ class SharedRows:
     def __init__(self, lane: _Lane, input_ids: Array, mask: Array) -> None:
         self._lane = lane
         self._held = mask.sum(1)  # tokens of each row in the cache after the next run
-        # Real tokens to the front; no column is kept that is padding in every row, since a run
-        # of more tokens than the longest row has is no first run to the kernel.
+        # Real tokens to the front; no column is kept that is padding in every row, for which
+        # the buffers need not have room.
         order = np.argsort(mask == 0, axis=1, kind="stable")[:, : self._held.max(initial=1)]
         self._ids = np.take_along_axis(input_ids, order, 1)
 
@@ -228,11 +228,11 @@ class _Lane:
             output: The output wanted; what it holds for other positions than a row's last is
                 not to be used.
         """
-        binding = self._bind(output)
+        # No two prompts are of one length for long, and each recording would hold memory.
+        binding = self._bind(output, capture=False)
         positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
         for name, array in self._arrays(ids, positions, held, ids.shape[1]).items():
             binding.input(name, array)
-        # No two prompts are of one length for long: to capture each would fill the device.
         out = binding.run()
         return _on_host(out[output]) if output else np.empty(0)
 
@@ -262,9 +262,9 @@ class _Lane:
         }
         return {name: array for name, array in feeds.items() if name in self._names}
 
-    def _bind(self, output: str | None) -> Binding:
+    def _bind(self, output: str | None, *, capture: bool = True) -> Binding:
         presents = [present for _, present, _ in self._cells]
-        binding = self.session.bind([output, *presents] if output else presents)
+        binding = self.session.bind([output, *presents] if output else presents, capture=capture)
         for past, present, cell in self._cells:
             binding.input(past, cell)
             binding.output(present, cell)

@@ -172,7 +172,9 @@ def runner(model: ir.Model):
 
 def kv_of(model: ir.Model, layers: int) -> dict:
     window = window_in(model)
-    return KV | {"layers": layers} | ({"window": window} if window else {})
+    half = any(v.dtype == ir.DataType.FLOAT16 for v in model.graph.inputs)
+    said = {"layers": layers, "dtype": "float16" if half else "float32"}
+    return KV | said | ({"window": window} if window else {})
 
 
 def fused(model: ir.Model, hits: int = 1) -> ir.Model:

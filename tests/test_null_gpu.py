@@ -105,7 +105,8 @@ cudart.cudaStreamEndCapture(stream, ctypes.byref(graph))
 after_capture = cudart.cudaStreamSynchronize(stream)
 print(json.dumps({
     "half": placed(half), "shape": shape, "conv": conv,
-    "device": x.device_name(), "kept": float(x.numpy().sum()), "refused": under_capture, "after": after_capture,
+    "half": placed(half), "shape": shape, "conv": conv, "refused": under_capture,
+    "after": after_capture, "device": x.device_name(), "kept": float(x.numpy().sum()),
 }))""",
         graphs,
         env={"NULL_GPU_TRACE": str(trace)},

@@ -151,15 +151,17 @@ def test_layers_share_what_a_mask_becomes(case):
     np.testing.assert_allclose(session_run(model, given)["y"], want["y"], rtol=1e-5, atol=1e-5)
 
 
-def test_a_finite_mask_needs_no_guard():
+@pytest.mark.parametrize(("lowest", "guards"), [("-3e38", 0), ("-inf", 1)])
+def test_a_finite_mask_needs_no_guard(lowest, guards):
+    inputs = FLAT.replace('"', "")
     model = graph(
-        f"g ({FLAT}, bool[B,1,1,K] seen) => (float[B,S,N] y) {{"
-        " high = Constant<value_float=0.0>() low = Constant<value_float=-3e38>()"
-        f" m = Where(seen, high, low) y = Attention<{HEADS}>(q, k, v, m) }}".replace('"', "")
+        f"g ({inputs}, bool[B,1,1,K] seen, float high, float low) => (float[B,S,N] y)"
+        f" {{ m = Where(seen, high, low) y = Attention<{HEADS}>(q, k, v, m) }}",
+        {"high": np.float32(0), "low": np.float32(lowest)},
     )
     InferShapes()(model)
     assert DecomposeAttention()(model).hits == 1
-    assert ops(model).count("Where") == 1
+    assert ops(model).count("ReduceMax") == guards
 
 
 @pytest.mark.parametrize(

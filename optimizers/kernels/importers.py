@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import onnx_ir as ir
@@ -19,9 +19,12 @@ class Importers(Kernels):
         name: The provider's short name.
         content: `importers` lists for each op its `types`, and what else it asks for: `ranks` of
             inputs, `without` (inputs that must be left out), `outputs` (how many may be used),
+            `declares` (how many there may be),
             `constants` (inputs that must be constants), `zeros` (constants that must be zero),
-            `attributes` (the values that they may have; the first is the default), `writes` (types
-            of the first output). `types` are those of tensors at all, `opsets` the range of opsets.
+            `attributes` (the values that they may have; the first is the default), `main` (the
+            input whose type counts, where it is no input of the first output's type), `writes`
+            (types of the first output). Beside it, `types` are those of tensors at all, and
+            `opsets` the first and the last opset.
     """
 
     def __init__(self, name: str, content: Mapping[str, Any]) -> None:
@@ -55,24 +58,37 @@ class Importers(Kernels):
         return not node.domain and dtype in self._ops.get(node.op_type, {}).get("types", ())
 
     def _objections(self, node: ir.Node, known: Signature, row: Mapping[str, Any]) -> Iterator[str]:
-        for value in (*node.inputs, *node.outputs):
-            if value is None or value.name == "":
-                continue
-            dtype = dtype_name(value)
-            if dtype is None or value.shape is None:
-                yield f"no way to take '{value.name}': its {'shape' if dtype else 'type'} is unknown"
-            elif dtype not in self._everywhere:
-                yield f"no tensors of {dtype}"
-        if (main := _main(node, known)) is not None and dtype_name(main) not in row["types"]:
+        yield from self._unknown(node.inputs)
+        main = _main(node, known, row)
+        if main is not None and dtype_name(main) not in row["types"]:
             yield f"no importer for {dtype_name(main)} (it takes {', '.join(row['types'])})"
         first = dtype_name(node.outputs[0])
         if "writes" in row and first not in row["writes"]:
             yield f"no importer that writes {first} (it writes {', '.join(row['writes'])})"
         yield from _demands(node, known, row)
+        yield from self._unknown(value for value in node.outputs if _used(value))
+
+    def _unknown(self, values: Iterable[ir.Value | None]) -> Iterator[str]:
+        for value in values:
+            if value is None or value.name == "":
+                continue
+            dtype = dtype_name(value)
+            if dtype is None or value.shape is None:
+                unknown = "shape" if dtype else "type"
+                yield f"no way to take '{value.name}': its {unknown} is unknown"
+            elif dtype not in self._everywhere:
+                yield f"no tensors of {dtype}"
 
 
-def _main(node: ir.Node, known: Signature) -> ir.Value | None:
+def _used(value: ir.Value) -> bool:
+    return bool(value.uses()) or value.is_graph_output()
+
+
+def _main(node: ir.Node, known: Signature, row: Mapping[str, Any]) -> ir.Value | None:
     """The value whose type an importer goes by: an input of the first output's type variable."""
+    if "main" in row:
+        index: int = row["main"]
+        return node.inputs[index]
     inputs = [(name, value) for name, value, is_input in bound(node, known) if is_input]
     wanted = set(known.outputs[0]) if known.outputs else set()
     own = [value for name, value in inputs if name in wanted]
@@ -84,14 +100,16 @@ def _demands(node: ir.Node, known: Signature, row: Mapping[str, Any]) -> Iterato
     there = dict(enumerate(node.inputs))
     for i, wanted in row.get("ranks", {}).items():
         value = there.get(int(i))
-        if value is not None and rank(value) != wanted:
+        if value is not None and rank(value) not in (None, wanted):
             yield f"an importer for {_called(known, int(i))} of rank {wanted} only"
     for i in row.get("without", ()):
         if there.get(i) is not None:
             yield f"no importer that reads {_called(known, i)}"
-    used = [i for i, value in enumerate(node.outputs) if value.uses() or value.is_graph_output()]
+    used = [i for i, value in enumerate(node.outputs) if _used(value)]
     if used and used[-1] >= row.get("outputs", len(node.outputs)):
         yield f"no importer that writes {known.outputs[used[-1]][1]}"
+    if len(named := [value for value in node.outputs if value.name]) > row.get("declares", 99):
+        yield f"an importer for {row['declares']} output alone, and this has {len(named)}"
     for i in row.get("constants", ()):
         value = there.get(i)
         if value is not None and value.const_value is None and constant(value) is None:

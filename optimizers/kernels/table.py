@@ -15,7 +15,7 @@ from .schema import Signature, bound, dtype_name, op_name, signature
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FLOATS = frozenset({"float32", "float64", *PRECISIONS.values()})
-TABLES = ("cpu", "cuda", "tensorrt")
+TABLES = {"cpu": "the CPU provider", "cuda": "CUDA", "tensorrt": "TensorRT"}
 
 
 class Kernels:
@@ -26,8 +26,8 @@ class Kernels:
         content: The table. `ops` lists the kernels of each op: `since`, the first and the last
             version of the op that a kernel is for (no last one: the first alone), and the `types`
             that each of its type variables may have. `host` lists the inputs and outputs that lie
-            in host memory; `decomposed` the ops, and the types of their first input, that it replaces by
-            their bodies, all of which it computes.
+            in host memory; `decomposed` the ops, and the types of their first input, that ONNX
+            Runtime replaces by their bodies, all of which the provider computes.
 
     Attributes:
         name: The provider's short name.
@@ -37,14 +37,8 @@ class Kernels:
             what computes with sizes to the CPU.
     """
 
-    label_of: Mapping[str, str] = {
-        "cpu": "the CPU provider",
-        "cuda": "CUDA",
-        "tensorrt": "TensorRT",
-    }
-
     def __init__(self, name: str, content: Mapping[str, Any]) -> None:
-        self.name, self.label = name, self.label_of.get(name, name)
+        self.name, self.label = name, TABLES[name]
         self.source: str = content["source"]
         self._ops: Mapping[str, Any] = content["ops"]
         self._host: Mapping[str, Any] = content.get("host", {})
@@ -73,12 +67,9 @@ class Kernels:
             return f"no kernel for opset {opset}, which does not know it"
         rows = [row["types"] for row in self._ops[op] if _is_for(row["since"], known.since)]
         if not rows:
-            spans = {
-                f"{first} to {last}" if last else f"{first}" for first, last in self._spans(op)
-            }
-            return (
-                f"no kernel for version {known.since} of it (there is {', '.join(sorted(spans))})"
-            )
+            spans = dict.fromkeys(tuple(row["since"]) for row in self._ops[op])
+            there = ", ".join(f"{first} to {last}" if last else f"{first}" for first, last in spans)
+            return f"no kernel for version {known.since} of it (there is {there})"
         seen = self._types(node, known)
         if any(all(seen.get(var, t[0]) in t for var, t in row.items()) for row in rows):
             return None
@@ -122,16 +113,13 @@ class Kernels:
         """The outputs that the kernel leaves in host memory, by their index."""
         return frozenset(self._host.get(op_name(node), ((), ()))[1])
 
-    def _spans(self, op: str) -> list[tuple[int, int | None]]:
-        return [(row["since"][0], row["since"][1]) for row in self._ops[op]]
-
     def _types(self, node: ir.Node, known: Signature) -> dict[str, str]:
         """The type that a node gives each name; inputs go first."""
         types: dict[str, str] = {}
         for name, value, _ in bound(node, known):
             if (dtype := dtype_name(value)) is not None:
                 types.setdefault(name, dtype)
-        constrained = {var for row in self._ops[op_name(node)] for var in row["types"]}
+        constrained = {var for row in self._ops.get(op_name(node), ()) for var in row["types"]}
         return {name: dtype for name, dtype in types.items() if name in constrained}
 
     def _in_order(self, op: str, types: Mapping[str, list[str]]) -> list[list[str]]:

@@ -13,6 +13,7 @@ fuse_integer_matmul.py              -> com.microsoft.MatMulIntegerToFloat, of co
 fuse_dynamic_matmul.py              -> the same, of scales at run time
 soften_attention_mask.py            keep the lowest float out of masks
 expand_attention_mask.py            give masks a row for each query
+split_attention_heads.py            heads as a dimension
 expand_rotary_cache.py              give caches a row for each text
 read_sizes_whole.py                 no arithmetic with sizes, which lie on the host
 skip_empty_masks.py                 Attention without a mask that hides nothing

@@ -91,17 +91,24 @@ def _sizes(node: ir.Node) -> Sizes | str:
     if rank(q) == 3:
         heads = node.attributes.get_int("q_num_heads", 0)
         kv_heads = node.attributes.get_int("kv_num_heads", 0)
-        widths = [dim(x, -1) for x in (q, k, v)]
-        if not all(isinstance(w, int) for w in widths) or not heads or not kv_heads:
-            return f"its widths are {widths}, its heads {heads} and {kv_heads}"
-        numbers = [int(w) // n for w, n in zip(widths, (heads, kv_heads, kv_heads), strict=True)]
-        return Sizes(heads, kv_heads, numbers[0], numbers[2])
+        widths = [_number(x, -1) for x in (q, k, v)]
+        if not heads or not kv_heads or -1 in widths:
+            return (
+                f"its widths are {[dim(x, -1) for x in (q, k, v)]}, its heads {heads}, {kv_heads}"
+            )
+        return Sizes(heads, kv_heads, widths[0] // heads, widths[2] // kv_heads)
     if rank(q) == 4:
-        known = [dim(q, 1), dim(k, 1), dim(q, -1), dim(v, -1)]
-        if not all(isinstance(n, int) for n in known):
-            return f"its heads and their sizes are {known}"
-        return Sizes(*map(int, known))
+        numbers = _number(q, 1), _number(k, 1), _number(q, -1), _number(v, -1)
+        if -1 in numbers:
+            return f"its heads and their sizes are {numbers}, -1 where they vary"
+        return Sizes(*numbers)
     return f"the rank of its queries is {rank(q)}"
+
+
+def _number(value: ir.Value | None, axis: int) -> int:
+    """The size of an axis; -1 where it is no number."""
+    size = dim(value, axis)
+    return size if isinstance(size, int) else -1
 
 
 def _declined(node: ir.Node, opset: int) -> str | None:
@@ -210,11 +217,11 @@ def _bias(
     bias = shared[key]
     if mask is None or (causal is None and _finite(mask)):
         return bias, None
-    key = (*key, "alive")
-    if key not in shared:
+    alive = (*key, "alive")
+    if alive not in shared:
         most = w.op("ReduceMax", bias, w.ints(-1), keepdims=1)
-        shared[key] = w.op("Greater", most, low, dtype=ir.DataType.BOOL)
-    return bias, shared[key]
+        shared[alive] = w.op("Greater", most, low, dtype=ir.DataType.BOOL)
+    return bias, shared[alive]
 
 
 def _causal(w: Writer, node: ir.Node, q4: ir.Value, k4: ir.Value, shared: Shared) -> ir.Value:

@@ -27,7 +27,7 @@ class RenameValues(ir.passes.InPlacePass):
         names: The names that are taken.
     """
 
-    def __init__(self, names: Collection[str]) -> None:
+    def __init__(self, names: Collection[str] = ()) -> None:
         super().__init__()
         self.names = frozenset(names)
 

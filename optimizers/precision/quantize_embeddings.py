@@ -53,11 +53,18 @@ class QuantizeEmbeddings(ir.passes.InPlacePass):
     Args:
         min_rows: Tables of fewer rows (positions of short texts, segments) stay in float.
         skip: Names of tables that stay in float.
+        scales: The type that scales are kept in; their values are bfloat16's in any case.
     """
 
-    def __init__(self, *, min_rows: int = 256, skip: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        min_rows: int = 256,
+        skip: Collection[str] = (),
+        scales: ir.DataType = SCALES,
+    ) -> None:
         super().__init__()
-        self.min_rows, self.skip = min_rows, frozenset(skip)
+        self.min_rows, self.skip, self.scales = min_rows, frozenset(skip), scales
 
     def call(self, model: ir.Model) -> Outcome:
         """Visit every table that a Gather reads."""
@@ -80,7 +87,7 @@ class QuantizeEmbeddings(ir.passes.InPlacePass):
                 small += 1
             elif why := _refusal(table):
                 notes.append(f"table {table.name!r} stays in float: {why}")
-            elif (written := _write(table)) == 0:
+            elif (written := _write(table, self.scales)) == 0:
                 notes.append(f"table {table.name!r} stays in float: it holds NaN or infinity")
             else:
                 hits += written
@@ -138,7 +145,7 @@ def quantize_rows(table: Array, block: int) -> tuple[Array, Array] | None:
     return integers, scales
 
 
-def _write(table: ir.Value) -> int:
+def _write(table: ir.Value, kept: ir.DataType) -> int:
     """Let the readers of the table read integers; how many there were, 0 where none can be."""
     tensor, graph = table.const_value, table.graph
     assert tensor is not None
@@ -148,6 +155,7 @@ def _write(table: ir.Value) -> int:
     made = quantize_rows(tensor.numpy(), block)
     if made is None:
         return 0
+    made = made[0], made[1].astype(kept.numpy())
     name = str(table.name)
     flat = block == width
     integers, scales = (
@@ -161,11 +169,13 @@ def _write(table: ir.Value) -> int:
         floats = []
         for source in (integers, scales):
             rows = ir.node("Gather", [source, ids], attributes={"axis": 0})
-            cast = ir.node("Cast", rows.outputs, attributes={"to": int(ir.DataType.FLOAT)})
             rows.outputs[0].name = f"{out.name}_{'int8' if source is integers else 'scales'}"
-            cast.outputs[0].name = f"{rows.outputs[0].name}_float"
-            nodes += [rows, cast]
-            floats.append(cast.outputs[0])
+            nodes.append(rows)
+            if source.dtype != ir.DataType.FLOAT:
+                to = {"to": int(ir.DataType.FLOAT)}
+                nodes.append(ir.node("Cast", rows.outputs, attributes=to))
+                nodes[-1].outputs[0].name = f"{rows.outputs[0].name}_float"
+            floats.append(nodes[-1].outputs[0])
         nodes.append(ir.node("Mul", floats))
         if not flat:
             nodes[-1].outputs[0].name = f"{out.name}_blocks"

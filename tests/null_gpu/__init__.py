@@ -32,7 +32,7 @@ def gpu_site() -> Path:
 
 
 def null_gpu(*, cudnn: bool = True, tensorrt: bool = False) -> dict[str, str]:
-    """The environment of a process that sees the null GPU (see `build`), or a skip with a reason."""
+    """The environment of a process that sees the null GPU (see `build`), or a skip."""
     site = gpu_site()
     for tool in ("gcc", "readelf"):
         if shutil.which(tool) is None:

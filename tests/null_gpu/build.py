@@ -21,13 +21,12 @@ TENSORRT = CUDA.with_name("libonnxruntime_providers_tensorrt.so")
 # Written by hand, by the library's name before ".so"; None: stubs alone do.
 LIBRARIES = {
     "libcudart": "cudart.c",
-    "libcuda": None,
     "libcublas": "cublas.c",
     "libcublasLt": "cublas.c",
     "libcurand": None,
 }
 TENSORRT_LIBRARIES = {"libnvinfer": "nvinfer.c", "libnvonnxparser": None}
-CUDNN = "libcudnn.so.9"
+CUDNN, DRIVER = "libcudnn.so.9", "libcuda.so.1"
 
 
 def build(site: Path, out: Path, *, cudnn: bool = True, tensorrt: bool = False) -> dict[str, str]:
@@ -56,9 +55,10 @@ def build(site: Path, out: Path, *, cudnn: bool = True, tensorrt: bool = False) 
             (work / part).mkdir(parents=True)
         _link_time(site / CUDA, LIBRARIES, work / "cuda")
         _link_time(site / TENSORRT, TENSORRT_LIBRARIES, work / "tensorrt")
-        # cuDNN's functions are looked up by name when they are needed.
-        names = re.findall(rb"\0(cudnn[A-Z]\w+)(?=\0)", (site / CUDA).read_bytes())
-        _compile(CUDNN, sorted({name.decode() for name in names}), "cudnn.c", work / "cudnn")
+        # These are looked up by name when they are needed.
+        _compile(CUDNN, _strings(site / CUDA, rb"cudnn[A-Z]\w+"), "cudnn.c", work / "cudnn")
+        driver = _strings(site / CUDA, rb"cu(?:[A-Z][a-z]+){2,}\w*")
+        _compile(DRIVER, driver, None, work / "cuda", versioned=False)
         try:
             work.rename(folder)
         except OSError:  # another process was first
@@ -79,7 +79,7 @@ def _link_time(provider: Path, sources: Mapping[str, str | None], folder: Path) 
     """One shared library for each of `sources` that `provider` is linked to."""
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", _readelf("--dynamic", provider))
     # " UND cudaMalloc@libcudart.so.13 (7)": the version of a symbol is its library's soname.
-    # TensorRT and the driver give theirs none: each of their stand-ins gets all of these.
+    # TensorRT gives its symbols none: each of its stand-ins gets all of these.
     wanted = re.findall(r" UND (\w+)(?:@(\S+))?", _readelf("--dyn-syms", provider))
     plain = [name for name, version in wanted if not version and not name.startswith("_")]
     for soname in needed:
@@ -104,6 +104,12 @@ def _compile(
     made = subprocess.run(command, capture_output=True, text=True)
     if made.returncode:
         raise RuntimeError(f"gcc could not make {soname}:\n{made.stderr}")
+
+
+def _strings(file: Path, pattern: bytes) -> list[str]:
+    """The strings in a binary that are all of `pattern`."""
+    found = re.findall(rb"\0(" + pattern + rb")(?=\0)", file.read_bytes())
+    return sorted({name.decode() for name in found})
 
 
 def _readelf(what: str, path: Path) -> str:

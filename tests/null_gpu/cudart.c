@@ -377,7 +377,8 @@ cudaError_t cudaMemsetAsync(void *to, int value, size_t size, void *stream) {
     (void)stream;
     return cudaMemset(to, value, size);
 }
-cudaError_t cudaMemcpyFromSymbol(void *to, const void *symbol, size_t size, size_t offset, int kind) {
+cudaError_t cudaMemcpyFromSymbol(void *to, const void *symbol, size_t size, size_t offset,
+                                 int kind) {
     (void)symbol, (void)offset, (void)kind; /* a variable of a kernel's: nothing wrote it */
     memset(to, 0, size);
     return cudaSuccess;
@@ -472,7 +473,10 @@ void __cudaRegisterFunction(void **registered, const char *stub, char *function,
     (void)registered, (void)function, (void)limit, (void)tid, (void)bid;
     (void)block, (void)grid, (void)size;
     if (!trace) return;
-    if (n_kernels == room) kernels = realloc(kernels, (room = room ? 2 * room : 4096) * sizeof *kernels);
+    if (n_kernels == room) {
+        room = room ? 2 * room : 4096;
+        kernels = realloc(kernels, room * sizeof *kernels);
+    }
     kernels[n_kernels++] = (struct kernel){stub, name};
 }
 static cudaError_t launch(const void *stub) {

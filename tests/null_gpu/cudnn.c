@@ -38,8 +38,8 @@ int cudnnBackendGetAttribute(void *descriptor, int name, int type, int64_t asked
     return 0;
 }
 
-int cudnnGetConvolutionForwardWorkspaceSize(void *cudnn, void *x, void *w, void *convolution, void *y,
-                                            int algorithm, size_t *size) {
+int cudnnGetConvolutionForwardWorkspaceSize(void *cudnn, void *x, void *w, void *convolution,
+                                            void *y, int algorithm, size_t *size) {
     (void)cudnn, (void)x, (void)w, (void)convolution, (void)y, (void)algorithm;
     *size = 0;
     return 0;
