@@ -1,6 +1,7 @@
 """Decoding over a shared cache, on sessions and tensors that the caller chooses.
 
-`runtime.Generator` does this for users, with a tokenizer; here it is bare, to be compared and timed.
+`runtime.Generator` does this for users, with a tokenizer; here it is bare, to be held against
+PyTorch and timed.
 """
 
 from __future__ import annotations

@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +66,12 @@ class Plan:
 
 
 def plans(*, tiny: bool = False) -> dict[str, Plan]:
-    """The models by name; `tiny` has the same ones at sizes for a rehearsal."""
+    """The models by name; `tiny` has one of each kind of step, at sizes for a rehearsal."""
     if tiny:
-        bert, llama = encoder.SIZES["tiny"], replace(decoder.SIZES["tiny"], max_positions=128)
+        bert = replace(encoder.SIZES["tiny"], n_layer=1)
+        llama = replace(decoder.SIZES["tiny"], n_layer=1, max_positions=128)
         return {
             "minilm": Plan("encoder", bert),
-            "vit": Plan("vit", {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128,
-                                "num_attention_heads": 4, "image_size": 16, "patch_size": 8}),
             "llama-small": Plan("decoder", llama),
             "llama-1b": Plan("decoder", replace(llama, dim=128, ffn_dim=192, tie_embeddings=True),
                              ("cuda-fp16",), twin=replace(llama, tie_embeddings=True)),
@@ -155,17 +153,17 @@ def source(kind: str, config: Any, *, held: bool) -> Source:
 def randomize(module: nn.Module, *, held: bool) -> None:
     """Give every parameter values of its own; large ones that are not held repeat one number."""
     generator = torch.Generator().manual_seed(0)
-    made: dict[int, nn.Parameter] = {}  # tied ones stay tied
+    made: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
     for part in module.modules():
         for name, old in list(part._parameters.items()):
             if old is None:
                 continue
-            if id(old) not in made:
+            if old not in made:
                 whole = held or old.numel() <= HELD
                 shape = old.shape if whole else ()
                 value = torch.randn(shape, generator=generator) * 0.05
-                made[id(old)] = nn.Parameter(value.expand(old.shape), requires_grad=False)
-            part._parameters[name] = made[id(old)]
+                made[old] = nn.Parameter(value.expand(old.shape), requires_grad=False)
+            part._parameters[name] = made[old]
 
 
 # What each weight is made of ----------------------------------------------------------------------
@@ -174,7 +172,7 @@ def randomize(module: nn.Module, *, held: bool) -> None:
 def trace(model: ir.Model, parameters: dict[str, np.ndarray]) -> dict[str, list[dict[str, Any]]]:
     """The weights that are made of parameters: the parts of each, side by side on its last axis.
 
-    A part is {"of": name, "transposed": bool, "row": int or None}, {"zeros": width}, or a sum
+    A part is {"of": name, "transposed": bool, "row": int or None}, {"zeros": "the rest"}, or a sum
     {"of": bias, "plus": bias, "through": matrix}: a bias that went through a projection.
 
     Raises:
@@ -226,7 +224,7 @@ def _parts(
         else:
             part = _through(wanted, parameters) if at == 0 else None
             if part is None and parts and not wanted[..., at:].any():
-                part = {"zeros": wanted.shape[-1] - at}
+                part = {"zeros": "the rest"}
             if part is None and at < wanted.shape[-1] and not parts:
                 return None
             if part is None:
@@ -261,29 +259,23 @@ def _through(wanted: np.ndarray, parameters: dict[str, np.ndarray]) -> dict[str,
 # Graphs -------------------------------------------------------------------------------------------
 
 
-def base_graph(given: Source, folder: Path) -> ir.Model:
-    """The base graph; weights that are not held are references into a hole in a file."""
+def base_graph(given: Source) -> ir.Model:
+    """The base graph; weights of one number, repeated, are not computed until they are read."""
     model = capture(given).model
-    at = 0
     for value in model.graph.initializers.values():
         old = value.const_value
         assert old is not None
-        if old.size > HELD and not _is_held(given):
-            value.const_value = ir.ExternalTensor(
-                "hole", at, old.nbytes, old.dtype, shape=old.shape, name=str(value.name),
-                base_dir=str(folder),
+        if old.size > HELD and 0 in (array := old.numpy()).strides:
+            value.const_value = ir.LazyTensor(
+                partial(_repeated, array), dtype=old.dtype, shape=ir.Shape(array.shape),
+                name=str(value.name),
             )  # fmt: skip
-            at += old.nbytes
-    if at:
-        (folder / "hole").touch()
-        os.truncate(folder / "hole", at)
     run_passes(model, raised())
     return model
 
 
-def _is_held(given: Source) -> bool:
-    assert given.module is not None
-    return all(p.is_contiguous() for p in given.module.parameters())
+def _repeated(array: np.ndarray) -> ir.Tensor:
+    return ir.Tensor(array)
 
 
 def variant(base: ir.Model, name: str, task: str, *, convert: bool) -> ir.Model:
@@ -315,16 +307,13 @@ def build(
     for name, plan in plans(tiny=tiny).items():
         if only and name not in only:
             continue
-        with tempfile.TemporaryDirectory() as place:
-            small = source(plan.kind, plan.twin or plan.config, held=True)
-            real = source(plan.kind, plan.config, held=False) if plan.twin else small
-            known = base_graph(small, Path(place))
-            base = base_graph(real, Path(place)) if plan.twin else known
-            for which in plan.variants:
-                rows.append(
-                    _write(out / name / which, plan, which, small, known, real, base, convert)
-                )
-                print(json.dumps({"model": name, "graph": which, **rows[-1]}), flush=True)
+        small = source(plan.kind, plan.twin or plan.config, held=True)
+        real = source(plan.kind, plan.config, held=False) if plan.twin else small
+        known = base_graph(small)
+        base = base_graph(real) if plan.twin else known
+        for which in plan.variants:
+            rows.append(_write(out / name / which, plan, which, small, known, real, base, convert))
+            print(json.dumps({"model": name, "graph": which, **rows[-1]}), flush=True)
         torch._dynamo.reset()
     return rows
 
@@ -339,7 +328,8 @@ def _write(
     base: ir.Model,
     convert: bool,
 ) -> dict[str, Any]:
-    assert small.module is not None and real.module is not None
+    assert small.module is not None
+    assert real.module is not None
     values = {n: p.detach().numpy() for n, p in small.module.named_parameters()}
     shapes = {n: list(p.shape) for n, p in real.module.named_parameters()}
     parts = trace(variant(known, which, small.task, convert=convert), values)
@@ -356,7 +346,7 @@ def _write(
                 raise SystemExit(f"{folder}: {value.name} is made of nothing that the twin has")
             continue
         shape = list(old.shape.numpy())
-        if predicted(made, shapes) not in (shape, [math.prod(shape[:-1]), shape[-1]]):
+        if predicted(made, shapes, shape) not in (shape, [math.prod(shape[:-1]), shape[-1]]):
             raise SystemExit(
                 f"{folder}: {value.name} is {shape}, {predicted(made, shapes)} by parts"
             )
@@ -396,13 +386,14 @@ def _is_large(value: ir.Value) -> bool:
     return not isinstance(tensor, ir.ExternalTensor) and tensor is not None and tensor.size > 16
 
 
-def predicted(parts: list[dict[str, Any]], shapes: dict[str, list[int]]) -> list[int]:
+def predicted(
+    parts: list[dict[str, Any]], shapes: dict[str, list[int]], wanted: list[int]
+) -> list[int]:
     """The shape that the parts make side by side."""
     width, rest = 0, []
     for part in parts:
         if "zeros" in part:
-            width += part["zeros"]
-            continue
+            return wanted
         shape = shapes[part["of"]]
         shape = shape[1:] if part.get("row") is not None else shape
         shape = shape[::-1] if part.get("transposed") else shape

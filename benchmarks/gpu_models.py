@@ -7,13 +7,22 @@ where nothing is padded, and a cache that stays where it is.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
+from onnxpress.models import decoder
 from torch import Tensor, nn
 
 Parameters = dict[str, Tensor]
+
+
+def _stay(tensors: Iterable[Tensor]) -> None:
+    """Tell torch.compile that these keep their addresses: its CUDA graphs copy others each time."""
+    for tensor in tensors:
+        torch._dynamo.mark_static_address(tensor)
 
 
 class Bert(nn.Module):
@@ -22,6 +31,7 @@ class Bert(nn.Module):
     def __init__(self, config: dict[str, Any], parameters: Parameters) -> None:
         super().__init__()
         self.config, self.p = config, parameters
+        _stay(parameters.values())
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         return F.linear(x, self.p[f"{name}.weight"], self.p[f"{name}.bias"])
@@ -57,7 +67,7 @@ class Llama(nn.Module):
         parameters: Its parameters.
         batch: Rows of the cache.
         capacity: Tokens of the cache.
-        tables: cos and sin, (positions, head_dim / 2) each.
+        turns: cos and sin, (positions, head_dim / 2) each: of `tables`.
     """
 
     def __init__(
@@ -66,18 +76,19 @@ class Llama(nn.Module):
         parameters: Parameters,
         batch: int,
         capacity: int,
-        tables: tuple[Tensor, Tensor],
+        turns: tuple[Tensor, Tensor],
     ) -> None:
         super().__init__()
         self.config, self.p = config, parameters
         like = parameters["norm.weight"]
-        self.cos, self.sin = (torch.cat((t, t), -1).to(like) for t in tables)
+        self.cos, self.sin = (torch.cat((t, t), -1).to(like) for t in turns)
         shape = (batch, config["n_kv_head"], capacity, config["head_dim"])
         self.cache = [
             (torch.zeros(shape, dtype=like.dtype, device=like.device),
              torch.zeros(shape, dtype=like.dtype, device=like.device))
             for _ in range(config["n_layer"])
         ]  # fmt: skip
+        _stay([*parameters.values(), *(t for pair in self.cache for t in pair)])
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         weight = self.p[f"{name}.weight"]
@@ -117,3 +128,11 @@ class Llama(nn.Module):
             x = x + F.linear(y, p[f"{at}.mlp.down_proj.weight"])
         head = p["embed_tokens.weight" if c["tie_embeddings"] else "lm_head.weight"]
         return F.linear(self.norm(x, "norm"), head)
+
+
+def tables(config: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position, as models/decoder.py has them."""
+    own = decoder.DecoderConfig(**config)
+    positions = torch.arange(own.max_positions, dtype=torch.float32)
+    angles = torch.outer(positions, decoder.frequencies(own))
+    return angles.cos(), angles.sin()

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 DATA = "model.onnx.data"
@@ -52,7 +52,9 @@ def fill(folder: Path, recipe: Recipe, parameters: Parameters) -> None:
     with (folder / DATA).open("wb") as file:
         for weight in recipe["weights"]:
             file.seek(weight["offset"])
-            value = torch.cat([_part(p, parameters) for p in weight["parts"]], -1)
+            value = torch.cat([_part(p, parameters) for p in weight["parts"] if "of" in p], -1)
+            if "zeros" in weight["parts"][-1]:
+                value = F.pad(value, (0, weight["shape"][-1] - value.shape[-1]))
             value = value.to(DTYPES[weight["dtype"]]).contiguous().cpu()
             # numpy has no bfloat16, and its bytes are all that is wanted
             file.write(value.reshape(-1).view(torch.uint8).numpy().data)
@@ -60,9 +62,6 @@ def fill(folder: Path, recipe: Recipe, parameters: Parameters) -> None:
 
 
 def _part(part: dict[str, Any], parameters: Parameters) -> Tensor:
-    if "zeros" in part:
-        some = next(iter(parameters.values()))
-        return torch.zeros(part["zeros"], dtype=some.dtype, device=some.device)
     value = parameters[part["of"]]
     if "plus" in part:
         through = parameters[part["through"]].float() @ parameters[part["plus"]].float()
@@ -107,11 +106,10 @@ class Store:
 
 def load_into(module: torch.nn.Module, parameters: Parameters, dtype: torch.dtype) -> Any:
     """The module with these parameters, on their device, in eval mode."""
-    to: Callable[[Tensor], Tensor] = lambda t: t.to(dtype)  # noqa: E731
-    named = dict(module.named_parameters())
-    missing = set(named) - set(parameters)
-    if missing:
+    named = set(dict(module.named_parameters()))
+    if missing := named - set(parameters):
         raise KeyError(f"no values for {sorted(missing)[:5]}")
-    module = module.to(next(iter(parameters.values())).device)
-    module.load_state_dict({n: to(parameters[n]) for n in named}, strict=False, assign=True)
-    return module.eval().requires_grad_(False)
+    values = {n: parameters[n].to(dtype) for n in named}
+    module.load_state_dict(values, strict=False, assign=True)  # of the meta device, too
+    device = next(iter(parameters.values())).device
+    return module.to(device).eval().requires_grad_(False)

@@ -40,7 +40,7 @@ def inspect(
     if provider and not placement:
         raise UsageError("--provider goes with --placement")
     if placement:
-        placed = _placed(directory, provider or manifest.target["provider"])
+        placed = _placed(directory, provider)
         show.json_line(placed) if as_json else _tell_placed(placed)
         return
     if fusions or passes or precision:
@@ -217,7 +217,7 @@ def tell_candidates(candidates: list[dict[str, Any]]) -> None:
     show.table(rows, ("  candidate", "drift", "passed", "MB", *times, "why not"))
 
 
-def _placed(directory: str, provider: str) -> dict[str, Any]:
+def _placed(directory: str, provider: str | None) -> dict[str, Any]:
     """Where the nodes lie when they may lie anywhere, as one value for JSON."""
     from ..runtime import Session
     from ..runtime.attention_kernels import attention_kernels

@@ -77,7 +77,8 @@ def _tell_provider(session: Any, *, spread: bool) -> None:
     """Who took the nodes, and why those before it did not, on standard error."""
     for one in session.skipped:
         click.echo(f"skipped    {one}", err=True)
-    took = str(session.placement()) if spread else "every node"
+    counts = session.placement(copies=False).counts if spread else {}
+    took = ", ".join(f"{n} on {p}" for p, n in sorted(counts.items())) or "every node"
     click.echo(f"provider   {session.provider}: {took}", err=True)
 
 

@@ -329,6 +329,13 @@ def halves(
     peaks = observe_peaks(probed, lab.run, list(lab.batches()))
     wide = overflows(probed, peaks, precision)
     names = {o.node for o in wide}
+    caching = {label(n) for n in graph.graph if n.op_type == "GroupQueryAttention"}
+    if stuck := sorted(_within(graph, names, probed) & caching):
+        raise UsageError(
+            f"{stuck[0]}: keys or values overflow {precision}, and a shared cache has to be of "
+            "that type",
+            hint="--precision bf16, which has the range of float32; or fp32",
+        )
     trial = start.clone()
     convert = ConvertFloats(
         precision, keep=_within(graph, names, probed), keep_io=not half_io, half=caches
@@ -338,7 +345,7 @@ def halves(
 
     def make(keep: Collection[str]) -> Attempt:
         kept = names | {nodes[k] for k in keep}
-        inside = _within(graph, kept, probed) | set(lacking)
+        inside = (_within(graph, kept, probed) | set(lacking)) - caching
         convert = ConvertFloats(precision, keep=inside, keep_io=not half_io, half=caches)
         shown = [ConvertFloats(precision, keep=kept), EmulateFloats()]
         return lab.attempt(

@@ -65,7 +65,7 @@ def reference_of(source: Source, file: str | os.PathLike[str] | None = None) -> 
     except (ArtifactError, ProviderError) as e:  # it is no artifact yet, but what the user gave
         again = "export it again at opset 7 or newer, or without that op"
         hint = None if Path(file).is_dir() else again
-        raise SourceError(e.what, where=source.spec, hint=hint) from e
+        raise SourceError(e.what, where=os.fspath(file), hint=hint) from e
     name = "the artifact before" if Path(file).is_dir() else "the adopted file"
     inputs, reference = reference_of_session(original, name)
     if source.graph is not None:

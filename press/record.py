@@ -50,6 +50,8 @@ def manifest_of(
         from ..runtime import openvino
 
         runtime = runtime_of(order.target, openvino.options("fp32"), runtime)
+    elif before is not None and order.target == before.target.get("provider"):
+        runtime |= {k: v for k, v in before.runtime.items() if k == "shapes"}
     if before is not None and "optimize" in before.runtime:
         runtime["optimize"] = before.runtime["optimize"]
     return Manifest(

@@ -182,6 +182,23 @@ def _check_given(order: Order, given: Given, model: ir.Model) -> None:
                 "integers are other ones",
                 hint=f"start from the artifact in float32: --target {order.target} --precision",
             )
+    if given.before is not None and (given.before.kv or {}).get("layout") == "shared":
+        raise UsageError(
+            "the artifact's cache is one shared buffer already, which no pass takes back",
+            hint="start from the artifact that `onnxpress export` makes of the source",
+        )
+    foreign = _foreign(model, order.target)
+    lowered_for = given.before.target.get("provider") if given.before is not None else "any"
+    if lowered_for not in ("any", order.target) and foreign:
+        raise UsageError(
+            f"the artifact was lowered for {lowered_for}: it has {foreign[0]}, "
+            f"which is not written for {order.target}",
+            hint="start from the artifact that `onnxpress export` makes of the source",
+        )
+    if order.shapes:
+        from ..runtime.profiles import profile_of
+
+        profile_of(graph_signature(model)[0], order.shapes)
     if not order.wish:
         return
     if past is not None and past["pruned"]:
@@ -190,6 +207,14 @@ def _check_given(order: Order, given: Given, model: ir.Model) -> None:
             hint="start from the artifact before it, with --prune and --precision together",
         )
     check_model(model)
+
+
+def _foreign(model: ir.Model, target: str | None) -> list[str]:
+    """The contrib ops of a graph that are not written for this target."""
+    from ..optimizers import TARGETS, count_ops
+
+    written = TARGETS[target or "cpu"].ops
+    return [op for op in count_ops(model) if op.startswith("com.microsoft::") and op not in written]
 
 
 def _optimize(

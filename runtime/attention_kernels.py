@@ -13,17 +13,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from ..artifact import TensorSpec, is_symbol
 from ..errors import ProviderError
-from .measure import random_feeds
+from .profiles import names_of
 from .session import Session
-from .signature import Array
+from .warmup import feeds_of
 
 TOKENS = 8  # of the run: enough for a kernel to be chosen
 TIMEOUT = 300  # seconds
@@ -51,15 +47,22 @@ def attention_kernels(path: str | os.PathLike[str], provider: str) -> list[Atten
     """
     if provider != "cuda":
         return None
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, os.fspath(path), provider],
-        env=os.environ | {"ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO": "1"},
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=TIMEOUT,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, os.fspath(path), provider],
+            env=os.environ | {"ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO": "1"},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as e:
+        raise ProviderError(
+            f"the run that was to show the attention kernels took more than {TIMEOUT} seconds",
+            where=str(path),
+            hint="`onnxpress doctor` tries the provider on one node",
+        ) from e
     if done.returncode:
         last = done.stderr.strip().splitlines()[-8:]
         raise ProviderError(
@@ -88,18 +91,7 @@ def parse(text: str) -> list[AttentionKernel]:
     return list(dict.fromkeys(found))
 
 
-def small_feeds(inputs: Sequence[TensorSpec]) -> dict[str, Array]:
-    """Feeds of one row of a few tokens, for every signature that we write."""
-    names = {d for i in inputs for d in i.shape if isinstance(d, str) and is_symbol(d)}
-    dims: Mapping[str, int] = {n: 1 if n == "batch" else TOKENS for n in names}
-    feeds = random_feeds(inputs, dims)
-    for spec in inputs:  # a cache that is shared: lengths that agree with the tokens
-        if spec.name in ("seqlens_k", "total_sequence_length"):
-            value = TOKENS - (spec.name == "seqlens_k")
-            feeds[spec.name] = np.full_like(feeds[spec.name], value)
-    return feeds
-
-
 if __name__ == "__main__":
     session = Session(Path(sys.argv[1]), provider=sys.argv[2])
-    session.run(small_feeds(session.inputs))
+    few = {n: 1 if n == "batch" else TOKENS for n in names_of(session.inputs)}
+    session.run(feeds_of(session, few))

@@ -11,10 +11,10 @@ import numpy as np
 from ..artifact import TensorSpec, evaluate
 from ..errors import InputError, UsageError
 from . import dlpack, graph_capture
-from .buffers import Buffer
+from .buffers import Buffer, host_bits
 from .graph_capture import Bucket, Graphs
-from .memory import Residence
-from .signature import Array, Checker, close_match
+from .memory import Residence, obstacle
+from .signature import Array, Checker, check_padding, close_match
 
 if TYPE_CHECKING:
     from .session import Session
@@ -31,10 +31,10 @@ class Binding:
 
     A binding is used by one thread at a time; a session may have many bindings.
 
-    What is copied: on a CPU session nothing, as long as the arrays are contiguous. On a GPU, what
-    lies on the GPU is used in place, and what lies on the host is copied there by `input`, through
-    pinned memory. A tensor used in place may be changed between runs, and the next run sees it;
-    of a copied one, give it to `input` again.
+    What is copied: on a CPU session only arrays that are not contiguous, not aligned or read-only.
+    On a GPU, what lies on the GPU is used in place, and what lies on the host is copied there by
+    `input`, through pinned memory. A tensor used in place may be changed between runs, and the
+    next run sees it; of a copied one, give it to `input` again.
 
     How long things live: a bound tensor is held by the binding until another takes its place. A
     result that ONNX Runtime allocated is new in every run. The same Buffer may be bound as an
@@ -81,7 +81,7 @@ class Binding:
         self._foreign: dict[str, Any] = {}  # inputs on the device that another library writes
         self._copies: dict[str, dict[tuple[int, ...], Buffer]] = {name: {} for name in self._inputs}
         self._changed = True
-        self._check = Checker(session.inputs)
+        self._check, self._padding = Checker(session.inputs), session._check.padding
         self._check_one = {i.name: Checker([i]) for i in session.inputs}
         # On the caller's stream a run only enqueues.
         waits = {} if self._memory.stream is None else {_NO_WAIT: "1"}
@@ -102,11 +102,13 @@ class Binding:
             name: The input's name.
             value: A numpy array, a `Buffer`, or a tensor with `__dlpack__` (torch, cupy, jax), of
                 the input's dtype, on the host or on the session's device. Where it is not
-                contiguous on the host it is copied; on a GPU it must be contiguous.
+                contiguous, not aligned or read-only on the host it is copied; on a GPU it must be
+                contiguous. A mask that has to pad on the right is checked when it is copied, and
+                by every `run` if it is used on the host; one on a GPU is not looked at.
 
         Raises:
             InputError: There is no such input, or the value does not fit it: dtype, rank, a fixed
-                size, a device that is not the session's.
+                size, a device that is not the session's, a mask's padding.
         """
         spec, what = _known(name, self._inputs, "input"), f"the input {name!r}"
         source, place = self._memory.source(value, what)
@@ -122,11 +124,13 @@ class Binding:
         self._foreign.pop(name, None)
         # A graph reads what lies on the host once, while it is captured: hence a copy as well.
         in_place = read_on_host == on_host and not (on_host and self._graphs)
-        if in_place and (place.contiguous or not on_host):
-            buffer = self._memory.wrap(source, place, what, writable=False)
+        if in_place and (not on_host or obstacle(source, place) is None):
+            buffer = self._memory.wrap(source, place, what)
             if not on_host and source is not value:
                 self._foreign[name] = value
         else:
+            if name in self._padding:
+                check_padding(name, host_bits(source, place))
             buffer = self._home(spec, place.shape)
             buffer.write(source, place)
         before = self._bound.get(name)
@@ -143,8 +147,8 @@ class Binding:
         Args:
             name: The output's name.
             buffer: A `Buffer`, a writable numpy array or a tensor with `__dlpack__`: of the
-                output's dtype and shape, contiguous, and where the session writes this output
-                (its device). None: let ONNX Runtime allocate it again.
+                output's dtype and shape, contiguous, aligned, and where the session writes this
+                output (its device). None: let ONNX Runtime allocate it again.
 
         Raises:
             InputError: There is no such output in this binding, or the memory does not fit it.
@@ -156,7 +160,7 @@ class Binding:
             self._loose(name)
             return
         source, place = self._memory.source(buffer, what)
-        buffer = self._memory.wrap(source, place, what, writable=True)
+        buffer = self._memory.wrap(source, place, what)
         home = "cpu" if name in self._on_host else self._memory.device
         if buffer.on_host != (home == "cpu"):
             raise InputError(
@@ -198,7 +202,7 @@ class Binding:
             for the same shapes).
 
         Raises:
-            InputError: An input is missing, or sizes that must agree do not.
+            InputError: An input is missing, sizes that must agree do not, or a mask pads wrongly.
             UsageError: Under a captured CUDA graph an address is another than at the capture, the
                 session has as many graphs as it may, or another thread runs this binding.
         """
@@ -220,6 +224,9 @@ class Binding:
                 "replays them only there",
                 hint="session.bind() for each thread",
             )
+        for name in self._padding:
+            if self._bound[name].on_host:  # it may have been written since the last run
+                check_padding(name, self._bound[name].view())
         self._order()
         if self._bucket is None:
             for name in self._outputs:
@@ -261,9 +268,7 @@ class Binding:
         if bucket is None:
             words = ", ".join([*shapes, *(f"{n} = {v.tolist()}" for n, v in frozen.items())])
             number = graphs.new(words)
-            for name, spec in self._outputs.items():
-                if name not in self._given:
-                    tensors["output", name] = self._own(spec, sizes)
+            tensors |= self._own(sizes)
             options = {**self._entries, "gpu_graph_id": str(number)}
             bucket = Bucket(
                 number, words, tensors, graph_capture.run_options(self._memory.rt, **options)
@@ -275,16 +280,17 @@ class Binding:
             self._bind(self._io.bind_output, self._io.bind_ortvalue_output, name, buffer)
         return bucket
 
-    def _own(self, spec: TensorSpec, sizes: Mapping[str, int]) -> Buffer:
-        shape = [evaluate(d, sizes) for d in spec.shape]
-        known = [n for n in shape if n is not None]
-        if len(known) < len(shape):  # only a run can tell; this one is not recorded
-            self._loose(spec.name)
+    def _own(self, sizes: Mapping[str, int]) -> dict[tuple[str, str], Buffer]:
+        mine = {n: s for n, s in self._outputs.items() if n not in self._given}
+        shapes: Any = {n: [evaluate(d, sizes) for d in s.shape] for n, s in mine.items()}
+        if any(None in shape for shape in shapes.values()):  # only a run can tell: not recorded
+            for name in mine:  # all of them: they may be bound to memory of other sizes
+                self._loose(name)
             self._order()
             self._execute(self._options)
-            known = list(self._results()[spec.name].shape)
-        home = "cpu" if spec.name in self._on_host else None
-        return self._memory.buffer(known, _element(spec), home)
+            shapes = {name: b.shape for name, b in self._results().items()}
+        home, new = dict.fromkeys(self._on_host, "cpu"), self._memory.buffer
+        return {("output", n): new(shapes[n], _element(s), home.get(n)) for n, s in mine.items()}
 
     def _order(self) -> None:
         if self._memory.device == "cpu":
@@ -293,7 +299,8 @@ class Binding:
             if self._memory.stream is not None:
                 dlpack.capsule_of(value, f"the input {name!r}", self._memory.stream)
         if self._memory.stream is None:
-            buffers = [*self._bound.values(), *self._given.values()]
+            own = self._bucket.tensors.values() if self._bucket else ()  # a replay overwrites them
+            buffers = [*self._bound.values(), *self._given.values(), *own]
             if any(b.shared and not b.on_host for b in buffers):
                 self._io.synchronize_inputs()  # waits for the whole device
             self._memory.settle()

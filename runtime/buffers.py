@@ -95,12 +95,13 @@ class Buffer:
 
         Args:
             array: A numpy array, a Buffer, or anything with `__dlpack__`, on the host or on this
-                buffer's device; it need not be contiguous on the host. It may be changed as soon
-                as this returns. From the host to a GPU it goes through pinned memory, on the
-                session's stream.
+                buffer's device, where it must be contiguous. It may be changed as soon as this
+                returns. From the host to a GPU it goes through pinned memory, on the session's
+                stream.
 
         Raises:
-            InputError: Its dtype or shape is another, or it lies on another device.
+            InputError: Its dtype or shape is another, it lies on another device, or it lies on a
+                device and is not contiguous.
         """
         self.write(*self.memory.source(array, "the buffer"))
 
@@ -117,6 +118,12 @@ class Buffer:
         if not self.nbytes:
             return
         on_host = place.device[0] != dlpack.CUDA
+        if not on_host and not place.contiguous:
+            raise InputError(
+                f"the buffer was given a tensor on {memory.device} that is not contiguous, of the "
+                f"strides {list(place.strides or ())}",
+                hint="tensor.contiguous()",
+            )
         if self.on_host and on_host:
             np.copyto(self._host(), host_bits(source, place))
         elif self.on_host:

@@ -12,6 +12,7 @@ from ..errors import ProviderError, UsageError
 from . import graph_capture, plans, providers
 from .opening import Model, Skipped
 from .placement import Placement, placed_nodes
+from .profiles import NoProfile
 
 CAPTURING = ("cuda", "tensorrt")  # providers that have CUDA graphs
 
@@ -50,8 +51,8 @@ def take(model: Model, wish: Wish, *, allow_fallback: bool) -> Taken:
     Raises:
         ArtifactError: ONNX Runtime cannot load the graph.
         ProviderError: None takes every node; or with `allow_fallback` one is not there.
-        UsageError: Options for a provider that was not asked for, or CUDA graphs without one that
-            has them.
+        UsageError: Options for a provider that was not asked for, CUDA graphs without one that
+            has them, or sizes missing for the only provider, which needs them.
     """
     options = providers.spelled(wish.asked, wish.options)
     if wish.cuda_graph and not set(wish.asked) & set(CAPTURING):
@@ -66,7 +67,7 @@ def take(model: Model, wish: Wish, *, allow_fallback: bool) -> Taken:
         try:
             plan = _prepared(model, wish, name, options[name])
             session = model.strict({name: plan}, captures=plan.graph_option)
-        except ProviderError as e:
+        except (ProviderError, NoProfile) as e:
             if len(wish.asked) == 1:
                 raise
             skipped.append(Skipped(name, e.what, e.hint or ""))
@@ -106,5 +107,6 @@ def _prepared(model: Model, wish: Wish, name: str, options: Mapping[str, str]) -
         shapes=wish.shapes,
         cache=wish.cache,
         cuda_graph=wish.cuda_graph and name in CAPTURING,
+        graph=model.shaping(),
         given=options,
     )

@@ -38,7 +38,6 @@ class Cudart:
         Raises:
             ProviderError: There is no memory left to pin.
         """
-        self.call("cudaSetDevice", ctypes.c_int(self._index))
         pointer = ctypes.c_void_p()
         self.call("cudaHostAlloc", ctypes.byref(pointer), ctypes.c_size_t(nbytes), ctypes.c_uint(0))
         return np.asarray(_Pinned(self, pointer.value or 0, nbytes))
@@ -61,7 +60,6 @@ class Cudart:
 
     def event(self) -> int:
         """A point in the work of a stream, for `mark` and `wait`."""
-        self.call("cudaSetDevice", ctypes.c_int(self._index))
         event = ctypes.c_void_p()
         self.call("cudaEventCreateWithFlags", ctypes.byref(event), ctypes.c_uint(_NO_TIMING))
         return event.value or 0
@@ -92,11 +90,23 @@ class Cudart:
             self.forget(event)
 
     def call(self, name: str, *args: Any) -> None:
-        """One function of the library.
+        """One function of the library, on this device; the thread's own device is left as it was.
 
         Raises:
             ProviderError: It failed; its code is in the message.
         """
+        before = ctypes.c_int()
+        self._call("cudaGetDevice", ctypes.byref(before))
+        if before.value == self._index:
+            self._call(name, *args)
+            return
+        self._call("cudaSetDevice", ctypes.c_int(self._index))
+        try:
+            self._call(name, *args)
+        finally:
+            self._call("cudaSetDevice", before)
+
+    def _call(self, name: str, *args: Any) -> None:
         status = getattr(self._library, name)(*args)
         if status:
             memory = " (out of memory)" if status == 2 else ""

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..artifact import MODEL, WEIGHTS, Manifest, sha256
+from ..artifact import WEIGHTS, Manifest, sha256
 from ..errors import OutputError, ProviderError
 
 KEY, CONTEXT_MODEL, TIMING = "key.json", "model_ctx.onnx", "timing"
@@ -46,11 +46,16 @@ def cache_directory(cache: str | os.PathLike[str] | None = None) -> Path:
 
 
 def model_sha256(model: Path, manifest: Manifest | None) -> str:
-    """The sha256 of a graph and its weights: of the manifest where there is one, else computed."""
+    """The sha256 of a graph and its weights.
+
+    The graph is always read. Of an artifact the weights, which may be gigabytes, are taken from
+    the manifest: whoever changes them in place must write the manifest again.
+    """
     if manifest is not None:
-        names = sorted({MODEL, WEIGHTS} & manifest.files.keys())
-        text = " ".join(str(manifest.files[n]["sha256"]) for n in names)
-        return hashlib.sha256(text.encode()).hexdigest()
+        weights = manifest.files.get(WEIGHTS, {}).get("sha256", "")
+        return hashlib.sha256(f"{sha256(model)} {weights}".encode()).hexdigest()
+    if not model.stat().st_size:
+        return sha256(model)  # nothing to map; ONNX Runtime says what is wrong with it
     return sha256(model, *_external_files(model))
 
 
@@ -131,6 +136,9 @@ class Entry:
     def check(self) -> Sealed | None:
         """The engines, every file of them checked; None where none were built.
 
+        Each opening reads all of them for their sha256, about a second for 1 GB: an engine that
+        was changed may crash the process that loads it.
+
         Raises:
             ProviderError: The engines are for another GPU, driver, TensorRT or ONNX Runtime, a
                 file is missing, cut short or changed, or one lies there that is not of them.
@@ -187,12 +195,16 @@ class Entry:
     # Building ---------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def build(self) -> Iterator[Path]:
+    def build(self, *, rebuild: bool = True) -> Iterator[Path | None]:
         """A directory to build engines in; sealed and renamed to `folder` when the block ends.
 
         One process builds at a time, others wait; where two do at once all the same (a file
         system without locks), the last one's engines stay. What a block that raises has written
         is removed. Engines that were here before are replaced.
+
+        Args:
+            rebuild: Build engines again that are whole. Without, whoever has waited for another
+                to build them gets None: there is nothing left to do.
 
         Raises:
             OutputError: The cache cannot be written, or a file that is not of the cache lies
@@ -201,9 +213,13 @@ class Entry:
         with contextlib.ExitStack() as stack:
             with _writing(self.cache):
                 self.cache.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_locked(self.cache / f"{self.key}.lock"))
-                for left in self.cache.glob(f".{self.key}.*"):  # of a build that was killed
-                    shutil.rmtree(left, ignore_errors=True)
+                alone = stack.enter_context(_locked(self.cache / f"{self.key}.lock"))
+                if not rebuild and self._whole():
+                    yield None
+                    return
+                if alone:  # else what lies there may be another's, who is building now
+                    for left in self.cache.glob(f".{self.key}.*"):  # of a build that was killed
+                        shutil.rmtree(left, ignore_errors=True)
                 building = self.cache / f".{self.key}.{secrets.token_hex(4)}"
                 stack.callback(shutil.rmtree, building, ignore_errors=True)
                 building.mkdir()
@@ -212,6 +228,11 @@ class Entry:
             with _writing(self.cache):
                 self._timing(building, fetch=False)
                 self._seal(building)
+
+    def _whole(self) -> bool:
+        with contextlib.suppress(ProviderError):
+            return self.check() is not None
+        return False
 
     def _timing(self, building: Path, *, fetch: bool) -> None:
         # Worked on as a copy: ONNX Runtime writes it in place, and other builds may be reading.
@@ -305,12 +326,14 @@ def _writing(cache: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process; without one (Windows) the rename alone guards."""
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold a lock that ends with the process; False where there is none, and the rename guards."""
+    alone = False
     with path.open("a") as file:
         if sys.platform != "win32":
             import fcntl
 
             with contextlib.suppress(OSError):  # some network file systems have none
                 fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+                alone = True
+        yield alone

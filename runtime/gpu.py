@@ -71,13 +71,26 @@ def gpu(cuda: int = 13) -> Gpu | None:
     if isinstance(runtime, str) or not devices(cuda)[0]:
         return None
     free, total = ctypes.c_size_t(0), ctypes.c_size_t(0)
-    device, major, minor = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
-    properties = ctypes.create_string_buffer(8192)  # cudaDeviceProp begins with char name[256]
+    device = ctypes.c_int(0)
     runtime.cudaGetDevice(ctypes.byref(device))
     if runtime.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)):
         return None
+    name, capability = card(device.value, cuda) or ("", "")
+    return Gpu(name, total.value, free.value, capability)
+
+
+def card(device: int, cuda: int = 13) -> tuple[str, str] | None:
+    """Name and compute capability of a GPU by its number, or None where none answers.
+
+    Unlike `gpu`, it takes no memory of the GPU: no context is made there.
+    """
+    runtime = load(f"libcudart.so.{cuda}")
+    if isinstance(runtime, str) or not 0 <= device < (devices(cuda)[0] or 0):
+        return None
+    major, minor = ctypes.c_int(0), ctypes.c_int(0)
+    properties = ctypes.create_string_buffer(8192)  # cudaDeviceProp begins with char name[256]
     runtime.cudaDeviceGetAttribute(ctypes.byref(major), 75, device)
     runtime.cudaDeviceGetAttribute(ctypes.byref(minor), 76, device)
     runtime.cudaGetDeviceProperties(properties, device)
     name = properties.raw[:256].split(b"\0")[0].decode(errors="replace")
-    return Gpu(name, total.value, free.value, f"{major.value}.{minor.value}")
+    return name, f"{major.value}.{minor.value}"

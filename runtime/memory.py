@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,9 @@ class Memory:
         self.stream: int | None = None
         if options and options.get("has_user_compute_stream", "1") == "1":
             self.stream = int(options.get("user_compute_stream") or "0", 0) or None
-        self._pending = False
+        # How many copies were started, and how many of them a wait has covered. Threads share it.
+        self._started = self._done = 0
+        self._counting = threading.Lock()
 
     @functools.cached_property
     def cuda(self) -> Cudart:
@@ -76,32 +79,22 @@ class Memory:
             ) from e
         return Buffer(value, self, device)
 
-    def wrap(self, source: Any, place: Layout, what: str, *, writable: bool) -> Buffer:
+    def wrap(self, source: Any, place: Layout, what: str) -> Buffer:
         """What `source` gave as a Buffer on the same memory, which is kept alive.
 
         Raises:
-            InputError: It is on another device, not contiguous, of no known dtype, or read-only
-                where it will be written.
+            InputError: There is an `obstacle`.
         """
         if isinstance(source, Buffer):
             return source
-        if not place.contiguous:
+        found = obstacle(source, place)
+        if found is not None:
             raise InputError(
-                f"{what} was given a tensor that is not contiguous, which cannot be bound in place",
-                hint="tensor.contiguous(), or np.ascontiguousarray(array), and keep that one",
+                f"{what} was given {found[0]}, which cannot be bound in place", hint=found[1]
             )
-        if not isinstance(source, np.ndarray):
-            shared = self._import(source, place.dtype)
-        elif source.flags.writeable:
-            shared = self._import(
-                source.view(dlpack.storage(place.dtype)).__dlpack__(), place.dtype
-            )
-        elif writable:
-            raise InputError(f"{what} was given a read-only array", hint="array.copy()")
-        else:  # numpy exports none that are read-only; this one is held by the binding
-            bits = source.view(dlpack.storage(place.dtype))
-            number = dlpack.ELEMENT_TYPES[place.dtype]
-            shared = self.rt.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, number)
+        if isinstance(source, np.ndarray):
+            source = source.view(dlpack.storage(place.dtype)).__dlpack__()
+        shared = self._import(source, place.dtype)
         on_gpu = place.device[0] == dlpack.CUDA
         buffer = Buffer(shared, self, self.device if on_gpu else "cpu")
         buffer.shared = True
@@ -161,18 +154,18 @@ class Memory:
     def send(self, staging: Staging, source: Array, target: int) -> None:
         """Start the copy of a host array to the device, ordered before the next run."""
         staging.send(source, target, self.stream)
-        self._pending = True
+        self._begun()
 
     def put(self, target: int, source: int, nbytes: int) -> None:
         """Start a copy to the device, ordered before the next run."""
         self.cuda.copy(target, source, nbytes, self.stream)
-        self._pending = True
+        self._begun()
 
     def fetch(self, target: int, source: int, nbytes: int) -> None:
         """Copy from the device to the host, after all that was started."""
         self.cuda.copy(target, source, nbytes, self.stream)
-        self.cuda.finish(self.stream)
-        self._pending = False
+        self._begun()
+        self.finish()
 
     def settle(self) -> None:
         """Before a run: copies that were started are done, or lie before it on its stream."""
@@ -180,10 +173,16 @@ class Memory:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the copies that were started."""
-        if self._pending:
+        """Wait for the copies that were started, by whichever thread."""
+        started = self._started  # one that is started during the wait may not be covered by it
+        if started > self._done:
             self.cuda.finish(self.stream)
-            self._pending = False
+            with self._counting:
+                self._done = max(self._done, started)
+
+    def _begun(self) -> None:
+        with self._counting:
+            self._started += 1
 
     def publish(self, stream: int | None) -> None:
         """Before a capsule is handed over: the consumer's stream comes after the session's."""
@@ -218,9 +217,9 @@ def residence(rt: Any, session: Any) -> Residence:
     on_gpu = provider in (cuda, tensorrt)
     memory = Memory(rt, options if on_gpu else None, session)
     graphs = None
-    if provider == cuda and options.get("enable_cuda_graph") == "1":
+    if provider == cuda and providers.is_on(options.get("enable_cuda_graph", "")):
         graphs = Graphs()
-    elif provider == tensorrt and options.get("trt_cuda_graph_enable") in ("1", "True"):
+    elif provider == tensorrt and providers.is_on(options.get("trt_cuda_graph_enable", "")):
         graphs = Graphs(limit=1)  # that provider reads no number: its one graph is every run's
     homes = [
         *zip(session.get_inputs(), session.get_input_memory_infos(), strict=True),
@@ -228,6 +227,21 @@ def residence(rt: Any, session: Any) -> Residence:
     ]
     on_host = frozenset(v.name for v, info in homes if not on_gpu or info.name.startswith("Cpu"))
     return Residence(memory, graphs, on_host)
+
+
+def obstacle(source: Any, place: Layout) -> tuple[str, str] | None:
+    """Why what `Memory.source` gave cannot be bound where it lies, and a hint; None if it can."""
+    if not place.contiguous:
+        hint = "tensor.contiguous(), or np.ascontiguousarray(array), and keep that one"
+        return "a tensor that is not contiguous", hint
+    if isinstance(source, np.ndarray):
+        if not source.flags.aligned:
+            return "an array whose elements are not aligned", "array.copy(), and keep that one"
+        # numpy exports no such array; an OrtValue made of it otherwise would not hold its memory,
+        # and whoever has the buffer could write.
+        if not source.flags.writeable:
+            return "a read-only array", "array.copy(), and keep that one"
+    return None
 
 
 class _Capsule:
@@ -247,8 +261,6 @@ def _knows_bool(rt: Any) -> bool:
 
 def _numpy(array: Array, what: str) -> tuple[Any, Layout]:
     # Read without a capsule: numpy gives none for read-only arrays, nor for ml_dtypes' bfloat16.
-    if not array.flags.aligned:
-        array = array.copy()
     name = array.dtype.name
     if name not in dlpack.ELEMENT_TYPES or not array.dtype.isnative:
         raise InputError(

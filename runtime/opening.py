@@ -6,6 +6,7 @@ on the provider, and tells of each node that would not: its name, its operator, 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .. import artifact
+from ..artifact import Manifest
 from ..errors import ArtifactError, InputError, OnnxpressError, ProviderError
 from . import graph_capture, libraries, providers
 from .gpu import gpu
@@ -36,6 +39,15 @@ _CUDNN_OPS = {
 }
 
 
+# Of the arenas and of CUDA; names of nodes stand in the same texts (/reallocate/Gather).
+_MEMORY = re.compile(
+    r"failed to allocate memory|out of memory|available memory of|CUDA error 2\b|bfc_arena", re.I
+)
+_DAMAGED = re.compile("Protobuf parsing failed|INVALID_GRAPH|INVALID_PROTOBUF")
+# A kernel's failure carries its node, and nodes of engines carry the provider in their names.
+_PROVIDERS_OWN = re.compile("CUDA|Tensor[Rr][Tt]|OpenVINO")
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A provider that was asked for and did not take the model: why, and what would mend it."""
@@ -46,6 +58,23 @@ class Skipped:
 
     def __str__(self) -> str:
         return f"{self.provider}: {self.why}" + (f"  ({self.hint})" if self.hint else "")
+
+
+def locate(path: str | os.PathLike[str]) -> tuple[Manifest | None, Path]:
+    """The manifest and the graph of an artifact directory; None and the file of a model.onnx.
+
+    Raises:
+        ArtifactError: There is no model here, or the manifest is damaged.
+    """
+    path = Path(path)
+    manifest = None
+    if path.is_dir():
+        if (path / artifact.MANIFEST).is_file():
+            manifest = artifact.read_manifest(path)
+        path = path / artifact.MODEL
+    if not path.is_file():
+        raise ArtifactError("there is no model here", where=str(path))
+    return manifest, path
 
 
 @dataclass(frozen=True)
@@ -70,6 +99,33 @@ class Model:
     disabled: tuple[str, ...]
     config: Mapping[str, str]
 
+    @classmethod
+    def of(
+        cls,
+        path: Path,
+        manifest: Manifest | None,
+        *,
+        threads: int | None = None,
+        arena: bool = True,
+        optimize: bool | None = None,
+        disabled: Sequence[str] | None = None,
+        config: Mapping[str, str] | None = None,
+    ) -> Model:
+        """A model's file; what is None is as the manifest records it."""
+        recorded = manifest.runtime if manifest else {}
+        if optimize is None:
+            optimize = bool(recorded.get("optimize", True))
+        if disabled is None:
+            disabled = recorded.get("disabled_optimizers", ())
+        rt = providers.onnxruntime()
+        return cls(rt, path, threads, arena, optimize, tuple(disabled), dict(config or {}))
+
+    def shaping(self) -> dict[str, str]:
+        """What of this changes the graph that a provider gets; nothing by default."""
+        off = {} if self.optimize else {"optimize": "False"}
+        kept = {"disabled_optimizers": " ".join(sorted(self.disabled))} if self.disabled else {}
+        return off | kept
+
     def graph(self) -> GraphFile:
         """What the file says of nodes and inputs; nothing where it cannot be read."""
         with suppress(ValueError, OSError):
@@ -78,7 +134,7 @@ class Model:
 
     def needs_cudnn(self, options: Mapping[str, str]) -> str:
         """The first operator that CUDA runs with cuDNN; none where the user has turned it off."""
-        if options.get("enable_cudnn", "1") == "0":
+        if not providers.is_on(options.get("enable_cudnn", "1")):
             return ""
         return next((n.op for n in self.graph().nodes if n.op in _CUDNN_OPS), "")
 
@@ -204,8 +260,13 @@ class Model:
                 where=where,
                 hint="press the model again for this provider and this onnxruntime",
             )
-        if set(names) != {"cpu"}:
-            return ProviderError(f"the session did not come up: {text}", where=where)
+        if set(names) != {"cpu"} and not _DAMAGED.search(str(e)):
+            return ProviderError(
+                f"the session did not come up: {text}",
+                where=where,
+                hint=f"press the model for this target{_press(names[0])}; `onnxpress doctor` "
+                "tries the provider on one node",
+            )
         return ArtifactError(
             f"ONNX Runtime cannot load the graph: {text}",
             where=where,
@@ -219,8 +280,13 @@ class Model:
             return _no_cudnn(where)
         if _is_memory(text):
             return _out_of_memory(text, where, names)
-        if set(names) != {"cpu"} and ("CUDA" in text or "EPFail" in type(e).__name__):
-            return ProviderError(f"the provider failed: {text}", where=where)
+        own = _PROVIDERS_OWN.search(text) or "EPFail" in type(e).__name__
+        if set(names) != {"cpu"} and own:
+            return ProviderError(
+                f"the provider failed: {text}",
+                where=where,
+                hint="`onnxpress doctor` tries the provider on one node",
+            )
         return InputError(
             f"ONNX Runtime refused these inputs: {text}",
             where=where,
@@ -276,7 +342,7 @@ def _no_cudnn(where: str) -> ProviderError:
 
 
 def _is_memory(text: str) -> bool:
-    return bool(re.search("allocat|out of memory|available memory of", text.lower()))
+    return bool(_MEMORY.search(text))
 
 
 def _out_of_memory(text: str, where: str, names: Sequence[str]) -> OnnxpressError:

@@ -16,7 +16,7 @@ from ..artifact import Manifest, TensorSpec
 from ..errors import ProviderError, UsageError
 from . import engine_cache, libraries, providers
 from .engine_cache import Entry, Sealed
-from .gpu import gpu, kernel_driver
+from .gpu import card, kernel_driver
 from .graph_file import read_graph
 from .profiles import Profile, profile_of, ranges_of
 from .shared_objects import base
@@ -53,8 +53,9 @@ class _Asked:
     manifest: Manifest | None
     shapes: Mapping[str, object] | None
     cache: str | os.PathLike[str] | None
-    graph: bool
+    cuda_graph: bool
     given: dict[str, str] = field(default_factory=dict)
+    graph: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan(
@@ -67,6 +68,7 @@ def plan(
     cache: str | os.PathLike[str] | None = None,
     cuda_graph: bool = False,
     given: Mapping[str, str] | None = None,
+    graph: Mapping[str, str] | None = None,
 ) -> Plan:
     """Options, file and shapes for one provider.
 
@@ -81,6 +83,8 @@ def plan(
             and written by `warmup` alone.
         cuda_graph: Capture runs as CUDA graphs.
         given: The user's options, as ONNX Runtime spells them.
+        graph: What else changes the graph that the provider gets (`Model.shaping`), so that
+            engines of another one are not taken.
 
     Raises:
         UsageError: Sizes that are missing or wrong, options for a provider that has none, or
@@ -97,7 +101,7 @@ def plan(
     if manifest is not None and manifest.target.get("provider") == name:
         own = {**manifest.runtime.get("provider_options", {}), **own}
     ranges = ranges_of(specs, shapes)
-    asked = _Asked(tuple(specs), model, manifest, ranges, cache, cuda_graph, own)
+    asked = _Asked(tuple(specs), model, manifest, ranges, cache, cuda_graph, own, dict(graph or {}))
     if name in _PLANS:
         return _PLANS[name](asked)
     return Plan(own, {}, model)
@@ -127,14 +131,16 @@ def _cuda(asked: _Asked) -> Plan:
         # presses in float32 wants float32; use_tf32=1 asks for the other.
         "use_tf32": "0",
     }
-    if asked.graph:
+    if asked.cuda_graph:
         options[GRAPHS["cuda"]] = "1"
     options |= asked.given
     # The kernel that multiplies by 4- and 8-bit weights as they are, in tensor cores; it is off by
     # default since it measures its tactics when the session opens. Other graphs have no use of it.
     nbits = "com.microsoft::MatMulNBits" in _operators(asked)
     config = {"ep.cuda.fpa_intb_gemm": "1"} if nbits else {}
-    return Plan(options, config, asked.model, None, options.get(GRAPHS["cuda"]) == "1")
+    return Plan(
+        options, config, asked.model, None, providers.is_on(options.get(GRAPHS["cuda"], ""))
+    )
 
 
 def _operators(asked: _Asked) -> set[str]:
@@ -187,11 +193,14 @@ def entry_of(
     manifest: Manifest | None,
     options: Mapping[str, str],
     cache: str | os.PathLike[str] | None,
+    graph: Mapping[str, str] | None = None,
 ) -> Entry:
-    """Where the engines of a graph with these options lie in the cache."""
-    lasting = {k: v for k, v in options.items() if k not in _SESSION_ONLY}
+    """Where the engines of a graph with these options lie in the cache; `graph` as of `plan`."""
+    lasting = {k: v for k, v in options.items() if k not in _SESSION_ONLY} | dict(graph or {})
     folder = engine_cache.cache_directory(cache)
-    return Entry(folder, engine_cache.model_sha256(model, manifest), lasting, machine())
+    return Entry(
+        folder, engine_cache.model_sha256(model, manifest), lasting, machine(_device(options))
+    )
 
 
 def building_options(folder: Path) -> dict[str, str]:
@@ -210,31 +219,36 @@ def building_options(folder: Path) -> dict[str, str]:
     }
 
 
-def machine() -> dict[str, str]:
-    """What engines are bound to: the versions and the GPU; empty where it cannot be found out."""
+def _device(options: Mapping[str, str]) -> int:
+    text = options.get("device_id", "0")
+    return int(text) if text.isdecimal() else 0  # ONNX Runtime refuses what is no number
+
+
+def machine(device: int = 0) -> dict[str, str]:
+    """What engines are bound to: the versions and this GPU; empty where it cannot be found out."""
     rt = providers.onnxruntime()
     library = Path(rt.__file__).parent / "capi" / providers.PROVIDERS["tensorrt"].library
     found = {base(one.soname): one.version for one in libraries.examine(library)}
-    here = gpu()
+    name, capability = card(device) or ("", "")
     return {
         "onnxruntime": str(rt.__version__),
         "TensorRT": found.get("libnvinfer", ""),
-        "GPU": here.name if here else "",
-        "compute capability": here.capability if here else "",
+        "GPU": name,
+        "compute capability": capability,
         "driver": kernel_driver(),
     }
 
 
 def _tensorrt(asked: _Asked) -> Plan:
     options, profile = tensorrt_options(
-        asked.specs, asked.shapes, cuda_graph=asked.graph, given=asked.given
+        asked.specs, asked.shapes, cuda_graph=asked.cuda_graph, given=asked.given
     )
-    graph = options.get(GRAPHS["tensorrt"], "").lower() == "true"
+    graph = providers.is_on(options.get(GRAPHS["tensorrt"], ""))
     without = Plan(options, {}, asked.model, profile, graph)
     cache = engine_cache.cache_directory(asked.cache)
     if any(_OWN_CACHE.match(name) for name in asked.given) or not cache.is_dir():
         return without
-    sealed = entry_of(asked.model, asked.manifest, options, cache).check()
+    sealed = entry_of(asked.model, asked.manifest, options, cache, asked.graph).check()
     if sealed is None:
         return without
     if graph and sealed.engines != 1:

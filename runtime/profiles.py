@@ -19,6 +19,14 @@ from .signature import close_match
 Range = tuple[int, int, int]
 Shape = tuple[int, ...]
 
+
+class NoProfile(UsageError):
+    """A signature that no profile fits as it stands: sizes are missing, or a name cannot be put.
+
+    Of several providers that were asked for, the next one may need none.
+    """
+
+
 FORM = '--shapes "batch=1:8:32,sequence=16:128:512"  (least:best:most of each)'
 MOST = 2**31 - 1  # ONNX Runtime reads a size in a profile with std::stoi
 
@@ -172,8 +180,8 @@ def profile_of(specs: Sequence[TensorSpec], shapes: Mapping[str, object] | None)
         shapes: Three sizes for each name in them. Expressions follow from their names.
 
     Raises:
-        UsageError: A name without sizes, sizes for a name that is not there, sizes that do not
-            rise, or an input that cannot be written in a profile.
+        NoProfile: A name without sizes, or an input that cannot be written in a profile.
+        UsageError: Sizes for a name that is not there, or sizes that do not rise.
     """
     given, names = ranges_of(specs, shapes), names_of(specs)
     inputs, dims = {}, {}
@@ -181,20 +189,20 @@ def profile_of(specs: Sequence[TensorSpec], shapes: Mapping[str, object] | None)
         if all(isinstance(dim, int) for dim in spec.shape):
             continue
         if "?" in spec.shape:
-            raise UsageError(
+            raise NoProfile(
                 f"the input {spec.name!r} has a dimension without a name, which no range fits",
                 where=str(spec),
                 hint="press the model: its signature then has a name for every dimension",
             )
         if re.search(r"[:,]", spec.name):
-            raise UsageError(
+            raise NoProfile(
                 f"TensorRT's profiles cannot name the input {spec.name!r}: it holds ':' or ','",
                 where=str(spec),
                 hint="export the model again with another name for it",
             )
         if missing := [n for n in names if n not in given]:
             asked = ",".join(f"{n}=LEAST:BEST:MOST" for n in missing)
-            raise UsageError(
+            raise NoProfile(
                 f"an engine needs the least, the best and the greatest size of "
                 f"{', '.join(map(repr, missing))}",
                 where="; ".join(str(s) for s in specs if set(missing) & _all_names(s)),

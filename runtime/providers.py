@@ -125,19 +125,30 @@ def resolve(provider: str | Sequence[str]) -> dict[str, Provider]:
     return {name: PROVIDERS[name] for name in names}
 
 
+_OPTIONS_FORM = "provider_options={'cuda': {'device_id': 1}}, by the name given as provider"
+
+
 def spelled(
     asked: Mapping[str, Provider], options: ProviderOptions | None
 ) -> dict[str, dict[str, str]]:
     """The user's options by provider; booleans become each provider's spelling.
 
     Raises:
-        UsageError: Options for a provider that was not asked for.
+        UsageError: Options for a provider that was not asked for, or that are no options.
     """
-    for name in options or {}:
+    if options is not None and not isinstance(options, Mapping):
+        raise UsageError(
+            f"provider_options are options by provider, not {options!r}", hint=_OPTIONS_FORM
+        )
+    for name, own in (options or {}).items():
+        if not isinstance(own, Mapping):
+            raise UsageError(
+                f"the options for {name!r} are a dictionary, not {own!r}", hint=_OPTIONS_FORM
+            )
         if name not in asked:
             raise UsageError(
                 f"options for the provider {name!r}, which was not asked for",
-                hint="provider_options={'cuda': {'device_id': 1}}, by the name given as provider",
+                hint=_OPTIONS_FORM,
             )
     return {
         name: {
@@ -149,6 +160,11 @@ def spelled(
         }
         for name, p in asked.items()
     }
+
+
+def is_on(value: str) -> bool:
+    """Whether ONNX Runtime takes this text of a boolean option for true."""
+    return value.lower() in ("1", "true")
 
 
 def check_here(rt: Any, name: str, *, cudnn_for: str = "") -> None:

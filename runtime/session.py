@@ -10,16 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import artifact
 from ..artifact import Manifest
-from ..errors import ArtifactError, InputError, OnnxpressError
+from ..errors import InputError, OnnxpressError, ProviderError, UsageError
 from . import providers
 from .binding import Binding
 from .buffers import Buffer
 from .choosing import Wish, take
 from .graph_capture import uncaptured
 from .memory import Residence, residence
-from .opening import Elsewhere, Model
+from .opening import Elsewhere, Model, locate
 from .placement import Placement, count_memcpy, placed_nodes
 from .signature import Array, Checker, Feeds, close_match, spec_of
 
@@ -88,46 +87,38 @@ class Session:
         cache: str | os.PathLike[str] | None = None,
         cuda_graph: bool = False,
     ) -> None:
-        path = Path(path)
-        self.manifest: Manifest | None = None
-        if path.is_dir():
-            if (path / artifact.MANIFEST).is_file():
-                self.manifest = artifact.read_manifest(path)
-            path = path / artifact.MODEL
-        if not path.is_file():
-            raise ArtifactError("there is no model here", where=str(path))
+        self.manifest, self.path = locate(path)
         if threads is not None and threads < 1:
             raise InputError(f"threads must be at least 1, not {threads}")
         recorded = self.manifest.runtime if self.manifest else {}
-        if optimize is None:
-            optimize = bool(recorded.get("optimize", True))
-        if disabled_optimizers is None:
-            disabled_optimizers = recorded.get("disabled_optimizers", ())
-        self.path = path
-        self._rt = providers.onnxruntime()
-        self._model = Model(
-            self._rt,
-            path,
-            threads,
-            arena,
-            optimize,
-            tuple(disabled_optimizers),
-            dict(config or {}),
+        self._model = Model.of(
+            self.path,
+            self.manifest,
+            threads=threads,
+            arena=arena,
+            optimize=optimize,
+            disabled=disabled_optimizers,
+            config=config,
         )
+        self._rt = self._model.rt
         self._placement: Placement | None = None
         self._lock = threading.Lock()
-        self._plans, self._session, self.skipped = take(
-            self._model,
-            Wish(
-                providers.resolve(provider or made_for(self.manifest)),
-                provider_options or {},
-                self.manifest,
-                shapes,
-                Path(cache) if cache is not None else None,
-                cuda_graph,
-            ),
-            allow_fallback=allow_fallback,
+        wish = Wish(
+            providers.resolve(provider or made_for(self.manifest)),
+            provider_options or {},
+            self.manifest,
+            shapes,
+            Path(cache) if cache is not None else None,
+            cuda_graph,
         )
+        try:
+            taken = take(self._model, wish, allow_fallback=allow_fallback)
+        except ProviderError as e:
+            if not provider and "cpu" not in wish.asked:  # nobody has chosen it: it was made so
+                other = "provider='cpu' (--provider cpu)"
+                e.hint = f"{e.hint}; or {other}" if e.hint else other
+            raise
+        self._plans, self._session, self.skipped = taken
         self.provider = next(iter(self._plans))
         self.inputs = tuple(spec_of(i) for i in self._session.get_inputs())
         self.outputs = tuple(spec_of(o) for o in self._session.get_outputs())
@@ -136,6 +127,8 @@ class Session:
         self._output_names = [o.name for o in self.outputs]
         self.cuda_graph = any(p.graph_option for p in self._plans.values())
         self._run_options = uncaptured(self._rt) if self.cuda_graph else None
+        # That provider reads no number of a graph: it captures every run, guarded or not.
+        self._bound_only = "tensorrt" in self._plans and self._plans["tensorrt"].graph_option
 
     # Running ----------------------------------------------------------------------------------
 
@@ -153,6 +146,7 @@ class Session:
         Raises:
             InputError: A feed is missing, unknown, or not of the dtype or shape of its input;
                 or the values are not valid for the model (an id outside the vocabulary).
+            UsageError: The session captures CUDA graphs on TensorRT, which only `bind` can run.
         """
         self._check(feeds)
         if self._profile is not None:
@@ -176,6 +170,8 @@ class Session:
                     )
             if not names:  # to ONNX Runtime, none means all
                 return {}
+        if self._bound_only:
+            raise _only_bound("a run whose memory is freed behind it")
         try:
             values = self._session.run(names, feeds, self._run_options)
         except Exception as e:  # ONNX Runtime's errors share no base class but Exception
@@ -194,7 +190,10 @@ class Session:
 
         Raises:
             InputError: There is no such output, or one of its type cannot be bound.
+            UsageError: `capture=False` with CUDA graphs on TensorRT, which captures every run.
         """
+        if self._bound_only and not capture:
+            raise _only_bound("capture=False")
         return Binding(self, self._residence, outputs, capture=capture)
 
     def buffer(self, shape: Sequence[int], dtype: Any, device: str | None = None) -> Buffer:
@@ -214,15 +213,25 @@ class Session:
 
     @functools.cached_property
     def _residence(self) -> Residence:
-        return residence(self._rt, self._session)
+        # From Python 3.12 on a cached_property has no lock: of two threads, the first one's counts.
+        made: Residence = self.__dict__.setdefault("_residence", residence(self._rt, self._session))
+        return made
 
     # Where it ran -----------------------------------------------------------------------------
 
-    def placement(self) -> Placement:
+    def placement(self, *, copies: bool = True) -> Placement:
         """The provider of every node, and the number of copies between host and device.
 
         The first call on a CPU session opens the model a second time for a moment: recording
         costs about 5% of the load, and few ask.
+
+        Args:
+            copies: Count the copies. On a GPU that takes a second session for a moment, with its
+                memory there, which writes graph and weights to a temporary directory; without,
+                `memcpy` is None where there may be some.
+
+        Raises:
+            OnnxpressError: There is no memory for the second session, or no room for its files.
         """
         with self._lock:
             if self._placement is None:
@@ -232,8 +241,10 @@ class Session:
                 else:
                     nodes = placed_nodes(self._session)
                     # CUDA copies around kernels that read sizes from the host, others at borders.
-                    copies = "cuda" in self._plans or len({n.provider for n in nodes}) > 1
-                    self._placement = Placement(nodes, self._count_memcpy() if copies else 0)
+                    some = "cuda" in self._plans or len({n.provider for n in nodes}) > 1
+                    if some and not copies:
+                        return Placement(nodes, None)
+                    self._placement = Placement(nodes, self._count_memcpy() if some else 0)
             return self._placement
 
     def elsewhere(self) -> list[Elsewhere]:
@@ -241,7 +252,7 @@ class Session:
 
         There are some with `allow_fallback` alone.
         """
-        return self._model.elsewhere(self.placement(), [self.provider])
+        return self._model.elsewhere(self.placement(copies=False), [self.provider])
 
     def _count_memcpy(self) -> int | None:
         # Copies are put in after placement, so only the finished graph shows them.
@@ -251,14 +262,23 @@ class Session:
             try:
                 self._open({entry: "placed.data"}, save_as=graph)
                 return count_memcpy(graph)
-            except Exception:  # graphs with compiled nodes (TensorRT) cannot be saved
-                return None
+            except Exception as e:  # ONNX Runtime's errors share no base class but Exception
+                if "contains compiled nodes" in str(e):  # of TensorRT: no file holds those
+                    return None
+                raise self._model.failed_open(e, list(self._plans)) from e
 
     def _open(self, config: Mapping[str, str], *, save_as: Path | None = None) -> Any:
         return self._model.open(self._plans, config, save_as=save_as)
 
     def _failed(self, e: Exception) -> OnnxpressError:
         return self._model.failed_run(e, list(self._plans))
+
+
+def _only_bound(what: str) -> UsageError:
+    return UsageError(
+        f"TensorRT with CUDA graphs captures every run, and {what} cannot be replayed",
+        hint="use bind(), or open the session without cuda_graph",
+    )
 
 
 def made_for(manifest: Manifest | None) -> str:

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from .. import artifact
-from ..artifact import Manifest, TensorSpec
+from ..artifact import TensorSpec
 from ..errors import ArtifactError, ProviderError, UsageError
 from . import engine_cache, plans, providers
 from .engine_cache import Entry
 from .graph_file import read_graph
 from .measure import random_feeds
+from .opening import Model, locate
 from .profiles import Range, names_of, ranges_of
-from .session import Session
+from .session import Session, made_for
 from .signature import Array
 
 USUAL = 16  # of a size that nobody gave a range for; a batch is 1
@@ -66,9 +66,8 @@ def warmup(
         UsageError: Sizes, options or provider are wrong.
         OutputError: The cache cannot be written.
     """
-    manifest, model = _model(path)
-    target = manifest.target.get("provider") if manifest else None
-    asked = providers.resolve(provider or target or "cpu")
+    manifest, model = locate(path)
+    asked = providers.resolve(provider or made_for(manifest))
     if len(asked) > 1:
         raise UsageError(
             f"a warmup is for one provider, not for {', '.join(asked)}", hint="one after the other"
@@ -81,9 +80,10 @@ def warmup(
     if name == "tensorrt":
         specs = manifest.inputs if manifest else _signature(model)
         keyed, _ = plans.tensorrt_options(specs, shapes, cuda_graph=cuda_graph, given=given)
-        entry = plans.entry_of(model, manifest, keyed, cache)
+        graph = Model.of(model, manifest).shaping()
+        entry = plans.entry_of(model, manifest, keyed, cache, graph)
         if rebuild or not _whole(entry, tell):
-            built = _build(path, entry, given, shapes, cuda_graph, tell)
+            built = _build(path, entry, given, shapes, cuda_graph, rebuild, tell)
     elif name == "openvino":
         cache = engine_cache.cache_directory(cache)  # it keeps graphs only where it is told to
     tell(f"opening with {name}")
@@ -125,7 +125,7 @@ def warm(
         shapes: The ranges; a name without one is 1 for a batch, else 16. One range for every name
             gives three points, none give one.
         cuda_graph: The session captures CUDA graphs: run through a binding, once to capture and
-            once to replay.
+            once to replay. On TensorRT, which holds one of them, at the best sizes alone.
 
     Returns:
         For each point its `sizes`, and seconds of the `first` run and of one `again`.
@@ -136,12 +136,13 @@ def warm(
     """
     ranges = ranges_of(session.inputs, shapes)
     points: list[dict[str, Any]] = []
-    for point in range(3):
+    # TensorRT holds one CUDA graph a session: the best sizes get it.
+    for point in (1,) if cuda_graph and session.provider == "tensorrt" else range(3):
         sizes = {n: 1 if n == "batch" else USUAL for n in names_of(session.inputs)}
         sizes |= {name: three[point] for name, three in ranges.items()}
         if any(p["sizes"] == sizes for p in points):
             continue
-        feeds = _feeds(session, sizes, given=ranges.keys())
+        feeds = feeds_of(session, sizes, given=ranges.keys())
         run = _bound(session, feeds) if cuda_graph else partial(session.run, feeds)
         first, again = _seconds(run), _seconds(run)
         points.append({"sizes": sizes, "first": first, "again": again})
@@ -161,30 +162,29 @@ def _seconds(run: Callable[[], object]) -> float:
     return perf_counter() - start
 
 
-def _feeds(session: Session, sizes: dict[str, int], given: Collection[str]) -> dict[str, Array]:
-    kv = session.manifest.kv if session.manifest else None
-    shared = kv if kv and kv.get("layout") == "shared" else None
+def feeds_of(
+    session: Session, sizes: dict[str, int], given: Collection[str] = ()
+) -> dict[str, Array]:
+    """Feeds of these sizes for any signature that we write: lengths agree with the tokens.
+
+    Args:
+        session: An open session.
+        sizes: The size of each name; the capacity of a shared cache, unless it was `given`, is
+            set to what the run needs.
+        given: The names whose sizes the user gave.
+    """
+    kv = (session.manifest.kv if session.manifest else None) or {}
+    lengths, total = kv.get("lengths", "seqlens_k"), kv.get("total", "total_sequence_length")
+    shared = any(spec.name == lengths for spec in session.inputs)
     if shared and "capacity" not in given:  # the cache holds at least what this run writes
-        sizes["capacity"] = max(sizes.get("sequence", 1), shared.get("window", 1))
+        sizes["capacity"] = max(sizes.get("sequence", 1), kv.get("window", 1))
     # Ids of 0 and 1 are in any vocabulary.
     feeds = random_feeds(session.inputs, sizes, high={spec.name: 2 for spec in session.inputs})
     if shared:  # every row is new, and as long as the run
         tokens = sizes["sequence"]
-        feeds[shared["lengths"]] = np.full_like(feeds[shared["lengths"]], tokens - 1)
-        feeds[shared["total"]] = np.full_like(feeds[shared["total"]], tokens)
+        feeds[lengths] = np.full_like(feeds[lengths], tokens - 1)
+        feeds[total] = np.full_like(feeds[total], tokens)
     return feeds
-
-
-def _model(path: str | os.PathLike[str]) -> tuple[Manifest | None, Path]:
-    path = Path(path)
-    manifest = None
-    if path.is_dir():
-        if (path / artifact.MANIFEST).is_file():
-            manifest = artifact.read_manifest(path)
-        path = path / artifact.MODEL
-    if not path.is_file():
-        raise ArtifactError("there is no model here", where=str(path))
-    return manifest, path
 
 
 def _signature(model: Path) -> tuple[TensorSpec, ...]:
@@ -209,11 +209,17 @@ def _build(
     given: Mapping[str, str],
     shapes: Mapping[str, Range] | None,
     cuda_graph: bool,
+    rebuild: bool,
     tell: Callable[[str], None],
-) -> float:
-    """Open a session that leaves its engines in the cache; the seconds that it took."""
+) -> float | None:
+    """Open a session that leaves its engines in the cache; the seconds that it took.
+
+    None where another process has built them while this one waited for its turn.
+    """
     start = perf_counter()
-    with entry.build() as folder:
+    with entry.build(rebuild=rebuild) as folder:
+        if folder is None:
+            return None
         tell(f"building engines for {entry.machine.get('GPU') or 'this GPU'}")
         own = {**given, **plans.building_options(folder)}
         Session(

@@ -69,7 +69,8 @@ def duplicates() -> list[Wheel]:
 
     Two folders of which one hides the other on sys.path are no such case: nothing is broken there.
     """
-    return [w for w in wheels() if sum(o.folder == w.folder for o in wheels()) > 1]
+    found = wheels()  # asks the metadata of every package: once is enough
+    return [w for w in found if sum(o.folder == w.folder for o in found) > 1]
 
 
 def check_wheels() -> None:

@@ -15,6 +15,8 @@ import tokenizers
 import torch
 import transformers
 from onnxpress import exporter
+from onnxpress.optimizers.lower import decoder_masks
+from onnxpress.optimizers.lower.formulas import Unreadable
 from onnxpress.optimizers.lower.fuse_group_query_attention import (
     FuseGroupQueryAttention,
     window_in,
@@ -459,3 +461,44 @@ def test_an_export_passes_the_check_against_pytorch(architecture, config, tmp_pa
         return plain(feeds | {key: cache})
 
     assert not exporter.check(reference, as_concat(forgetful, kv), inputs).passed
+
+
+class Seen:
+    """A mask that shows the last `window` keys of a text, and takes texts up to `limit`."""
+
+    name = "mask"
+
+    def __init__(self, window: int, limit: int = 1 << 30, *, square: bool = False) -> None:
+        self.window, self.limit, self.square = window, limit, square
+
+    def grows_as_square(self) -> bool:
+        return self.square
+
+    def integers(self, above: int, below: int) -> list[int]:
+        return [n for n in (self.window,) if above < n < below]
+
+    def seen(self, case: decoder_masks.Case) -> np.ndarray:
+        total = case.past + case.length
+        if total > self.limit:
+            raise Unreadable("past the table")
+        return (np.arange(total) >= total - self.window)[None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("mask", "window"),
+    [
+        (Seen(600, 2048), 600),  # between the lengths that are tried, and the end of the table
+        (Seen(2047, 2048), 2047),
+        (Seen(2048, 2048), decoder_masks.NO_WINDOW),
+        (Seen(4096, square=True), 4096),
+        (Seen(100_000), 100_000),
+        (Seen(1 << 40), decoder_masks.NO_WINDOW),
+    ],
+)
+def test_wide_windows_are_found(mask, window):
+    assert decoder_masks._far_window(mask) == window
+
+
+def test_a_window_that_is_too_wide_to_be_tried_is_refused():
+    with pytest.raises(Unreadable, match="may have a window of 10000"):
+        decoder_masks._far_window(Seen(10_000, square=True))

@@ -115,3 +115,29 @@ def test_an_artifact_says_so_and_its_session_looks(tmp_path):
     with pytest.raises(errors.InputError, match="behind its padding"):
         session.run(feeds)
     assert all(f.passed for f in verify(out, source=source))
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        "one = Cast<to=9>(attention_mask) seen = Not(one)",
+        "one = Cast<to=9>(attention_mask) seen = And(one, one)",
+        "seen = Equal(attention_mask, pad)",
+    ],
+)
+def test_what_is_more_than_not_0_keeps_its_node(seen):
+    """The session looks at what is 0 in an input: padding that is anything else stays a mask."""
+    text = f"""<ir_version: 10, opset_import: ["" : 23]>
+g (float[batch,5,4] x, int64[batch,5] attention_mask) => (float[batch,5,4] y)
+<float[4,4] wq = {{1,2,3,4,5,6,7,8,8,7,6,5,4,3,2,1}},
+ float[4,4] wk = {{1,0,3,4,5,6,7,8,8,7,6,5,4,3,2,1}},
+ float[4,4] wv = {{0,2,3,4,5,6,7,8,8,7,6,5,4,3,2,1}}, int64 pad = {{1}},
+ int64[2] axes = {{1,2}}, int64[2] rows = {{5,1}}>
+{{ {seen} q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv)
+   u = Unsqueeze(seen, axes) m = Expand(u, rows)
+   y = Attention<q_num_heads=2, kv_num_heads=2>(q, k, v, m) }}"""
+    model = ir.from_onnx_text(text)
+    InferShapes()(model)
+    done = PackAttention(right=True)(model)
+    assert not done.hits
+    assert "not 0 in one input" in done.notes[0]

@@ -23,9 +23,9 @@ from ..dims import dim
 from .formulas import Formula, Unreadable
 
 DEEP = -1e4  # the mildest number that is in use for "minus infinity"; float16 has none below -65504
-FAR = (8, 64, 512, 4096, 1 << 15, 1 << 18, 1 << 20)  # lengths at which a window is looked for
+FAR = (8, 64, 512, 4160, 1 << 15, 1 << 18, 1 << 20)  # lengths at which a window is looked for
 NO_WINDOW = -1  # as the kernel spells it
-SQUARE = 1 << 13  # the longest text to try with a mask that is computed for all of its queries
+SQUARE = 4160  # the longest text to try with a mask that is computed for all of its queries
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,11 @@ class Mask:
             sizes.append(max(a.size for a in made))
         return sizes[1] > 3 * sizes[0]
 
+    def integers(self, above: int, below: int) -> list[int]:
+        """Constants that it is computed with, between these."""
+        found = () if self.formula is None else self.formula.integers()
+        return [n for n in found if above < n < below]
+
 
 def window_of(node: ir.Node, inputs: Inputs) -> int:
     """How many keys back each query sees, its own included; `NO_WINDOW` for all of them.
@@ -183,24 +188,53 @@ def _plain(total: int) -> Case:
 
 
 def _far_window(mask: Mask) -> int:
-    """What the last token of a long text sees of it."""
-    most = SQUARE if mask.grows_as_square() else FAR[-1]
+    """What the last token of a long text sees of it.
+
+    Raises:
+        Unreadable: It may have a window that is too wide to be tried.
+    """
+    square = mask.grows_as_square()
+    known = 0  # the longest text that the mask takes, as far as we know
     for total in FAR:
-        if total > most:
+        if square and total > SQUARE:
+            if wide := mask.integers(SQUARE, 1 << 31):
+                raise Unreadable(
+                    f"the mask {mask.name!r} may have a window of {min(wide)}: one wider than "
+                    f"{SQUARE} cannot be told, for it is computed for all queries of a text"
+                )
             break
         try:
-            seen = mask.seen(_plain(total))
+            window = _window_at(mask, total)
         except Unreadable:
             if total == FAR[0]:
                 raise
-            break  # past the last position of a table: no text is longer
-        row = seen[0, 0, 0]
-        count = int(row.sum())
-        if not row[total - count :].all() or not count:
-            break  # no window: the cases tell what it is
-        if count < total:
-            return count
+            # Past the last position of a table: no text is longer than the last that it takes.
+            return _window_at(mask, _longest(mask, known, total)) or NO_WINDOW
+        if window is not None:
+            return window or NO_WINDOW
+        known = total
     return NO_WINDOW
+
+
+def _window_at(mask: Mask, total: int) -> int | None:
+    """How many keys the last of `total` tokens sees: None for all, 0 for what is no window."""
+    row = mask.seen(_plain(total))[0, 0, 0]
+    count = int(row.sum())
+    if not count or not row[total - count :].all():
+        return 0  # the cases tell what it is
+    return count if count < total else None
+
+
+def _longest(mask: Mask, takes: int, refuses: int) -> int:
+    """The longest text that the mask can be computed for, between one that can and one not."""
+    while refuses - takes > 1:
+        total = (takes + refuses) // 2
+        try:
+            mask.seen(_plain(total))
+            takes = total
+        except Unreadable:
+            refuses = total
+    return takes
 
 
 def _cases(window: int, *, padded: bool) -> Iterator[Case]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from .. import read
 from ..outcome import describe
 
 MOST_NODES = 500
@@ -62,6 +63,17 @@ class Formula:
             raise Unreadable(f"onnx's evaluator cannot compute {self.value.name!r}: {e}") from e
         made = [a for name, a in found.items() if name not in named and name != "value"]
         return [*(a for a in made if isinstance(a, np.ndarray)), found["value"]]
+
+    def integers(self) -> set[int]:
+        """The integers among the constants that it reads: limits, offsets, widths."""
+        arrays = (read.constant(v) for n in self._nodes for v in n.inputs)
+        return {
+            int(n)
+            for a in arrays
+            if a is not None and a.dtype.kind in "iuf" and a.size == 1
+            for n in a.reshape(-1)
+            if np.isfinite(n) and n == int(n)
+        }
 
     def _walk(self, value: ir.Value, stops: frozenset[ir.Value]) -> list[ir.Value]:
         constants: dict[ir.Value, None] = {}

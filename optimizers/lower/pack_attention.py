@@ -94,6 +94,8 @@ def _pack(node: ir.Node, *, right: bool) -> str | None:
     padding = None if mask is None else _padding(mask)
     if mask is not None and padding is None:
         return f"the mask {mask.name!r} is not one of padding"
+    if padding is not None and _source(padding) is None:
+        return f"the mask {padding.name!r} is not what is not 0 in one input"
     if padding is not None and not right:
         return f"the mask {mask.name!r} may pad anywhere" if mask is not None else None
     if padding is not None and any(dim(padding, a) == 1 != dim(found[0].x, a) for a in (0, 1)):
@@ -129,19 +131,24 @@ def _lengths(graph: ir.Graph, padding: ir.Value) -> list[ir.Node]:
 
 def padded_right(model: ir.Model) -> tuple[str, ...]:
     """The inputs of which the graph reads how many of a row are not 0, and not which."""
-    todo = [
-        n.inputs[3]
-        for n in ir.traversal.RecursiveGraphIterator(model.graph)
-        if n.domain == "com.microsoft" and n.op_type == "Attention" and len(n.inputs) > 3
-    ]
     found: dict[str, None] = {}
-    while todo:
-        value = todo.pop()
-        if value is not None and value.is_graph_input():
-            found[str(value.name)] = None
-        elif value is not None and (node := value.producer()) is not None:
-            todo += node.inputs
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.domain != "com.microsoft" or node.op_type != "Attention" or len(node.inputs) < 4:
+            continue
+        total = producer(node.inputs[3], "ReduceSum")
+        source = None if total is None else _source(total.inputs[0])
+        if source is not None:
+            found[str(source.name)] = None
     return tuple(found)
+
+
+def _source(padding: ir.Value | None) -> ir.Value | None:
+    """The input of the graph of which a value says what is not 0; None where it says more."""
+    value = padding
+    while value is not None and not value.is_graph_input():
+        node = producer(value, "Cast", "Identity")
+        value = None if node is None else node.inputs[0]
+    return value
 
 
 def _projection(value: ir.Value | None) -> _Projection | None:

@@ -83,9 +83,10 @@ class _Sweep:
         self._see(v for v in node.outputs if v.uses() or v.is_graph_output())  # not replaced
 
     def _see(self, values: Iterable[ir.Value]) -> None:
-        for v in values:  # weights' sizes are numbers, and of sequences there is no Shape
+        for v in values:  # no weights, no text, no sequences, and no sizes themselves
             tensor = isinstance(v.type, ir.TensorType) and v.dtype != ir.DataType.STRING
-            if tensor and v.const_value is None and self.facts.shape(v) is not None:
+            named = tensor and v.const_value is None and self.facts.shape(v) is not None
+            if named and self.facts.content(v) is None:
                 self.seen.append(v)
 
     def _rewrite(self, node: ir.Node) -> str | None:
@@ -172,7 +173,7 @@ class _Sweep:
             if lacking:
                 return f"no tensor before it has the size {want[lacking[0]]}"
             numbers = [want[i].number if i in longer else 1 for i in range(rank)]
-            if any(n not in (None, 1) for n in numbers):
+            if not longer or any(n not in (None, 1) for n in numbers):
                 steps.append((self._constant(node, [1 if n is None else n for n in numbers]), []))
             for axis in (i for i in range(rank) if numbers[i] is None):
                 line = self._line(want[axis], node)
@@ -187,7 +188,7 @@ class _Sweep:
             made += [*nodes, ir.node("Expand", [value, sizes])]
             value = made[-1].outputs[0]
             _name(made[-1], f"{node.outputs[0].name}_{len(made)}", node.outputs[0].type)
-        self._replace(node.outputs[0], made or [ir.node("Identity", [value])])
+        self._replace(node.outputs[0], made)
         return None
 
     def _replace(self, old: ir.Value, made: list[ir.Node]) -> None:
