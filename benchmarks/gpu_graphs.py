@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -52,6 +53,8 @@ LLAMA_1B = decoder.DecoderConfig(  # Llama 3.2, without its stretched positions
     max_positions=4096, rope_theta=500000.0, tie_embeddings=True,
 )  # fmt: skip
 BERT_LARGE = encoder.EncoderConfig(vocab_size=30522, dim=1024, n_layer=24, n_head=16, ffn_dim=4096)
+_NAMES = ("of", "plus", "through")  # of a part: names of parameters
+_KEY_BIAS = re.compile(r"\.k(ey|_proj)\.bias$")  # it moves all scores of a row alike: no effect
 EVERY = ("cpu-fp32", "cuda-fp32", "cuda-fp16", "cuda-bf16", "tensorrt-fp16")
 
 
@@ -103,15 +106,12 @@ def plans(*, tiny: bool = False) -> dict[str, Plan]:
 
 def source(kind: str, config: Any, *, held: bool) -> Source:
     """The module with random parameters and what it is traced with; `held`: all in memory."""
-    batch, text = {0: "batch"}, ("batch", "sequence")
-    dims: dict[str, tuple[str | None, ...]] = dict.fromkeys(
-        ("input_ids", "attention_mask", "token_type_ids", "position_ids"), text
-    )
+    text = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+    dims: dict[str, tuple[str | None, ...]] = dict.fromkeys(text, ("batch", "sequence"))
     kv = None
     with torch.device("cpu" if held else "meta"):
         if kind == "encoder":
             module, task = encoder.Encoder(config), "embed"
-            example = encoder.example(config)
         elif kind == "decoder":
             module, task = decoder.Decoder(config), "generate"
         elif kind == "vit":
@@ -142,9 +142,9 @@ def source(kind: str, config: Any, *, held: bool) -> Source:
     elif kind == "vit":
         size = module.model.config.image_size
         example = {"pixel_values": torch.randn(2, 3, size, size)}
-        dims["pixel_values"] = (batch[0], None, None, None)
+        dims["pixel_values"] = ("batch", None, None, None)
     else:
-        example = encoder.example(replace(encoder.SIZES["tiny"]))
+        example = encoder.example(encoder.SIZES["tiny"])
         del example["token_type_ids"]
     randomize(module, held=held)
     return Source(kind, "model", task, module.eval(), kwargs=example, dims=dims, kv=kv)
@@ -307,10 +307,11 @@ def build(
     for name, plan in plans(tiny=tiny).items():
         if only and name not in only:
             continue
-        small = source(plan.kind, plan.twin or plan.config, held=True)
-        real = source(plan.kind, plan.config, held=False) if plan.twin else small
-        known = base_graph(small)
-        base = base_graph(real) if plan.twin else known
+        small = real = source(plan.kind, plan.twin or plan.config, held=True)
+        known = base = base_graph(small)
+        if plan.twin:
+            real = source(plan.kind, plan.config, held=False)
+            base = base_graph(real)
         for which in plan.variants:
             rows.append(_write(out / name / which, plan, which, small, known, real, base, convert))
             print(json.dumps({"model": name, "graph": which, **rows[-1]}), flush=True)
@@ -364,10 +365,9 @@ def _write(
     model.ir_version = 10
     ir.save(model, folder / "model.onnx")
     config = plan.config if isinstance(plan.config, dict) else asdict(plan.config)
-    kv = kv_of(real.kv, model)
     target = TARGETS[which.split("-")[0]]
     recipe = {
-        "kind": plan.kind, "config": config, "kv": kv, "bytes": at, "parameters": shapes,
+        "kind": plan.kind, "config": config, "kv": kv_of(real.kv, model), "bytes": at, "parameters": shapes,
         "disabled_optimizers": list(target.disabled_optimizers), "weights": weights,
     }  # fmt: skip
     (folder / "recipe.json").write_text(json.dumps(recipe, separators=(",", ":")))

@@ -27,7 +27,7 @@ class Report:
     def __init__(self, path: Path, minutes: float) -> None:
         self.path, self._end = path, time.monotonic() + minutes * 60
         self.rows: dict[str, Any] = {}
-        self.free: Callable[[], None] = gc.collect
+        self.free: Callable[[], object] = lambda: None
 
     def do(self, name: str, step: Callable[[], Any]) -> Any:
         """Run a step and keep what it gives, or its error; that, or None."""
@@ -128,7 +128,7 @@ class Place:
 
     def free(self) -> None:
         """Give memory back to the device: sessions of the step before hold none of it then."""
-        gc.collect()
         if self.device == "cuda":
+            gc.collect()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()

@@ -106,10 +106,11 @@ class Store:
 
 def load_into(module: torch.nn.Module, parameters: Parameters, dtype: torch.dtype) -> Any:
     """The module with these parameters, on their device, in eval mode."""
-    named = set(dict(module.named_parameters()))
-    if missing := named - set(parameters):
+    first = {p: n for n, p in reversed(list(module.named_parameters()))}
+    tied = {n: first[p] for n, p in module.named_parameters(remove_duplicate=False)}
+    if missing := set(first.values()) - set(parameters):
         raise KeyError(f"no values for {sorted(missing)[:5]}")
-    values = {n: parameters[n].to(dtype) for n in named}
+    values = {n: parameters[of].to(dtype) for n, of in tied.items()}
     module.load_state_dict(values, strict=False, assign=True)  # of the meta device, too
     device = next(iter(parameters.values())).device
     return module.to(device).eval().requires_grad_(False)

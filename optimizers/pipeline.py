@@ -63,6 +63,7 @@ from .lower.skip_empty_masks import SkipEmptyMasks
 from .lower.soften_attention_mask import SoftenAttentionMask
 from .lower.split_attention_heads import SplitAttentionHeads
 from .outcome import Miss, Outcome
+from .signatures import check_signature, signature_of
 from .target import Target
 
 
@@ -320,7 +321,7 @@ def _run(
     names = [pass_name(p) for p in todo]
     _check_names(names, {*skip, *([until] if until else [])})
     steps: list[Step] = []
-    before, signature = count_ops(model), _signature(model)
+    before, signature = count_ops(model), signature_of(model)
     for index, (name, p) in enumerate(zip(names, todo, strict=True), first):
         if name not in skip:
             start = time.perf_counter()
@@ -328,11 +329,11 @@ def _run(
                 with _quiet():
                     result = p(model)
                 if getattr(p, "changes_signature", False):  # it was asked to
-                    signature = _signature(model)
+                    signature = signature_of(model)
                     for value in model.graph.outputs:
                         if value.shape is not None and not value.shape.has_unknown_dim():
                             declared.pop(value.name, None)
-                _check_signature(name, signature, _signature(model))
+                check_signature(name, signature, signature_of(model))
             except Exception as e:
                 e.add_note(f"raised by pass {index}, {name}")
                 raise
@@ -372,36 +373,3 @@ def _check_names(known: list[str], asked: set[str]) -> None:
             f"there is no pass named {', '.join(unknown)}",
             hint=f"passes, in order: {', '.join(dict.fromkeys(known))}",
         )
-
-
-_Signature = dict[str, list[tuple[object, ...]]]
-
-
-def _signature(model: ir.Model) -> _Signature:
-    # Before IR version 4 every initializer had to be an input too: a default, not what is asked.
-    inputs = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
-    sides = {"inputs": inputs, "outputs": list(model.graph.outputs)}
-    return {side: [_declared(v) for v in values] for side, values in sides.items()}
-
-
-def _declared(value: ir.Value) -> tuple[object, ...]:
-    """Name, dtype, rank and sizes, None for each that is not known or varies."""
-    if value.shape is None:
-        return value.name, value.dtype, None
-    sizes = [d if isinstance(d, int) else None for d in value.shape]
-    return value.name, value.dtype, len(sizes), *sizes
-
-
-def _check_signature(name: str, want: _Signature, have: _Signature) -> None:
-    # Inference may find a type or a rank that was not stated; it may not change a stated one.
-    for side, values in want.items():
-        same = len(values) == len(have[side]) and all(
-            old is None or old == new
-            for a, b in zip(values, have[side], strict=True)
-            for old, new in zip(a, b, strict=False)  # where no rank was stated, b has more
-        )
-        if not same:
-            raise ir.passes.PostconditionError(
-                f"pass {name} changed the {side} of the model, (name, dtype, rank, sizes) each: "
-                f"from {values} to {have[side]}"
-            )

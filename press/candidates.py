@@ -341,7 +341,8 @@ def halves(
         precision, keep=_within(graph, names, probed), keep_io=not half_io, half=caches
     )
     run_passes(trial, lowered(target, Change(lowered=[convert])))
-    lacking = {u.node: u for u in unplaced(trial, target)}
+    # Where the CPU lacks a kernel, ONNX Runtime computes in float32 between Casts of its own.
+    lacking = {u.node: u for u in unplaced(trial, target)} if target.name != "cpu" else {}
 
     def make(keep: Collection[str]) -> Attempt:
         kept = names | {nodes[k] for k in keep}

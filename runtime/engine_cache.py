@@ -136,7 +136,7 @@ class Entry:
     def check(self) -> Sealed | None:
         """The engines, every file of them checked; None where none were built.
 
-        Each opening reads all of them for their sha256, about a second for 1 GB: an engine that
+        Each opening reads all of them for their sha256, which takes seconds for gigabytes: one that
         was changed may crash the process that loads it.
 
         Raises:

@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 
 class NoProfile(UsageError):
-    """A signature that no profile fits as it stands: sizes are missing, or a name cannot be put.
+    """A signature that no profile fits as it stands: sizes are missing, or a name is unfit.
 
     Of several providers that were asked for, the next one may need none.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import Manifest
-from ..errors import InputError, OnnxpressError, ProviderError, UsageError
+from ..errors import ArtifactError, InputError, OnnxpressError, ProviderError, UsageError
 from . import providers
 from .binding import Binding
 from .buffers import Buffer
@@ -104,7 +104,7 @@ class Session:
         self._placement: Placement | None = None
         self._lock = threading.Lock()
         wish = Wish(
-            providers.resolve(provider or made_for(self.manifest)),
+            providers.resolve(made_for(self.manifest) if provider is None else provider),
             provider_options or {},
             self.manifest,
             shapes,
@@ -114,7 +114,7 @@ class Session:
         try:
             taken = take(self._model, wish, allow_fallback=allow_fallback)
         except ProviderError as e:
-            if not provider and "cpu" not in wish.asked:  # nobody has chosen it: it was made so
+            if provider is None and "cpu" not in wish.asked:  # nobody has chosen it: it was made so
                 other = "provider='cpu' (--provider cpu)"
                 e.hint = f"{e.hint}; or {other}" if e.hint else other
             raise
@@ -282,6 +282,15 @@ def _only_bound(what: str) -> UsageError:
 
 
 def made_for(manifest: Manifest | None) -> str:
-    """The provider that an artifact was made for: "cpu" for what any may run."""
+    """The provider that an artifact was made for: "cpu" for what any may run.
+
+    Raises:
+        ArtifactError: There is no such provider.
+    """
     target = str(manifest.target.get("provider", "any")) if manifest else "any"
+    if target not in ("any", *providers.PROVIDERS):
+        raise ArtifactError(
+            f"the artifact was made for {target!r}, which this onnxpress does not know",
+            hint="pip install --upgrade onnxpress, or name a provider that runs it",
+        )
     return "cpu" if target == "any" else target

@@ -67,7 +67,7 @@ def warmup(
         OutputError: The cache cannot be written.
     """
     manifest, model = locate(path)
-    asked = providers.resolve(provider or made_for(manifest))
+    asked = providers.resolve(made_for(manifest) if provider is None else provider)
     if len(asked) > 1:
         raise UsageError(
             f"a warmup is for one provider, not for {', '.join(asked)}", hint="one after the other"

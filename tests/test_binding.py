@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ import pytest
 import torch
 from onnxpress.errors import InputError, OnnxpressError, ProviderError, UsageError
 from onnxpress.runtime import PlacedNode, Placement, Session
+from onnxpress.runtime import session as session_module
 from onnxpress.runtime.graph_capture import check_capturable
+from onnxpress.runtime.memory import Memory, residence
 
 from . import onnx_models
 from .null_gpu import on_null_gpu
@@ -95,16 +99,62 @@ def test_numpy_in_and_out_agree_with_run(add):
     assert list(only.run()) == ["z"]
 
 
-def test_arrays_that_are_not_contiguous_or_read_only_are_inputs(add):
+def test_arrays_that_are_not_contiguous_are_inputs(add):
     wide = np.arange(16, dtype=np.float32).reshape(4, 4)
     for x in (wide.T[::2], wide[::-2], torch.from_numpy(wide).T[::2]):
         got = bind(add, x=x, m=M).run()["y"].numpy()
         np.testing.assert_array_equal(got, 2 * np.asarray(x))
+
+
+def test_a_read_only_array_is_copied_and_the_copy_outlives_all_else(add):
     fixed = X.copy()
     fixed.setflags(write=False)
     binding = bind(add, x=fixed, m=M)
-    assert binding.bound("x").pointer == fixed.ctypes.data
+    assert binding.bound("x").pointer != fixed.ctypes.data  # numpy would not let us hold it
     np.testing.assert_array_equal(binding.run()["y"].numpy(), 2 * X)
+    view, tensor = binding.bound("x").view(), torch.from_dlpack(binding.bound("x"))
+    view[0, 0] = 42
+    np.testing.assert_array_equal(fixed, X)
+    del binding, fixed
+    gc.collect()
+    junk = [np.zeros((2, 4), np.float32) for _ in range(50)]
+    assert (view[0, 0], view[1, 3], tensor[0, 0], tensor[1, 3]) == (42, 7, 42, 7)
+    assert len(junk) == 50
+
+
+@pytest.mark.parametrize("kind", ["shifted", "field"])
+def test_arrays_that_are_not_aligned_are_copied_as_inputs_and_refused_as_outputs(add, kind):
+    if kind == "shifted":
+        x = np.zeros(17, np.uint8)[1:].view(np.float32).reshape(1, 4)
+    else:  # whose elements lie 5 bytes apart
+        x = np.zeros((1, 4), [("a", "i1"), ("b", "f4")])["b"]
+    x[:] = X[:1]
+    binding = bind(add, x=x, m=M[:1])
+    assert binding.bound("x").pointer != x.ctypes.data
+    np.testing.assert_array_equal(binding.run()["y"].numpy(), 2 * X[:1])
+    x += 1
+    binding.bound("x").copy_from(x)
+    np.testing.assert_array_equal(binding.run()["y"].numpy(), 2 * (X[:1] + 1))
+    refused(InputError, lambda: binding.output("y", x), "the output 'y'", "not aligned")
+
+
+def test_masks_pad_on_the_right_as_in_run(tmp_path):
+    session = Session(
+        onnx_models.publish(
+            tmp_path / "a", onnx_models.add_model(), runtime={"padding": {"m": "right"}}
+        )
+    )
+    right, left = np.array([[1, 1, 1], [1, 0, 0]]), np.array([[1, 1, 1], [0, 1, 1]])
+    said = ("row 1 of the input 'm' has a token behind its padding", "padding_side='right'")
+    refused(InputError, lambda: session.run({"x": X, "m": left}), *said)
+    refused(InputError, bind(session, x=X, m=left).run, *said)
+    refused(InputError, lambda: bind(session, x=X, m=left.T.copy().T), *said)  # which is copied
+    buffer = session.buffer((2, 3), "int64")  # its values are nothing yet
+    binding = bind(session, x=X, m=buffer)
+    buffer.copy_from(right)
+    np.testing.assert_array_equal(binding.run()["z"].numpy(), 2 * right)
+    buffer.copy_from(left)
+    refused(InputError, binding.run, *said)
 
 
 def test_what_is_bound_stays_alive(add):
@@ -352,15 +402,91 @@ def test_one_binding_refuses_two_threads_at_once(add):
     binding.run()
 
 
+def test_two_threads_that_bind_first_share_one_count_of_graphs(tmp_path, monkeypatch):
+    run = Session(save(tmp_path / "r.onnx", "g (float[n] x) => (float[n] y) { y = Relu(x) }"))
+    made = threading.Barrier(2, timeout=10)
+
+    def slowly(*args: Any) -> Any:
+        made.wait()
+        return residence(*args)
+
+    monkeypatch.setattr(session_module, "residence", slowly)
+    # As from Python 3.12 on.
+    monkeypatch.setattr(Session.__dict__["_residence"], "lock", nullcontext(), raising=False)
+    found: list[Any] = []
+    threads = [threading.Thread(target=lambda: found.append(run._residence)) for _ in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(found) == 2
+    assert found[0] is found[1] is run._residence
+
+
+class SlowCopies:
+    """A CUDA runtime whose waits end when they are let go."""
+
+    def __init__(self) -> None:
+        self.waiting, self.go, self.waits = threading.Event(), threading.Event(), 0
+
+    def copy(self, target: int, source: int, nbytes: int, stream: int | None) -> None:
+        pass
+
+    def finish(self, stream: int | None) -> None:
+        self.waits += 1
+        self.waiting.set()
+        assert self.go.wait(10)
+
+
+def test_a_copy_started_during_another_threads_wait_is_waited_for(add):
+    memory, cuda = Memory(add._rt, {}), SlowCopies()
+    memory.__dict__["cuda"] = cuda
+    memory.put(1, 2, 4)
+    other = threading.Thread(target=memory.settle)
+    other.start()
+    assert cuda.waiting.wait(10)
+    memory.put(1, 2, 4)  # which that wait may have come too early for
+    cuda.go.set()
+    other.join()
+    memory.settle()
+    assert cuda.waits == 2
+    memory.settle()  # nothing is left to wait for
+    assert cuda.waits == 2
+    there = threading.Thread(target=memory.put, args=(1, 2, 4))  # bound there, and run here
+    there.start()
+    there.join()
+    memory.settle()
+    assert cuda.waits == 3
+
+
+@pytest.mark.parametrize("value", ["1", "True", "true", "0", "False"])
+@pytest.mark.parametrize(
+    ("provider", "option", "limit"),
+    [
+        ("CUDAExecutionProvider", "enable_cuda_graph", 16),
+        ("TensorrtExecutionProvider", "trt_cuda_graph_enable", 1),
+    ],
+)
+def test_graphs_are_on_in_every_spelling_of_onnx_runtime(add, provider, option, limit, value):
+    names = ("get_inputs", "get_outputs", "get_input_memory_infos", "get_output_memory_infos")
+    opened = SimpleNamespace(
+        get_providers=lambda: [provider],
+        get_provider_options=lambda: {provider: {option: value}},
+        **dict.fromkeys(names, list),
+    )
+    graphs = residence(add._rt, opened).graphs
+    assert (graphs.limit if graphs else 0) == (limit if value in ("1", "True", "true") else 0)
+
+
 # On a GPU, which is the null one: addresses, devices, copies and refusals are real, results not
 
 
 GPU = """
-import json, os, sys, threading
+import ctypes, json, os, sys, threading
 import numpy as np
 import torch
 from onnxpress.errors import OnnxpressError
-from onnxpress.runtime import Session
+from onnxpress.runtime import Session, dlpack
 from onnxpress.runtime.cudart import Cudart
 
 folder, seen = sys.argv[1], {}
@@ -393,6 +519,11 @@ def graphs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("graphs")
     save(folder / "copy.onnx", "g (float[n] x) => (float[n] y) { y = Identity(x) }")
     save(folder / "relu.onnx", "g (float[n] x) => (float[n] y) { z = Relu(x) y = Abs(z) }")
+    save(
+        folder / "two.onnx",
+        "g (float[n] x, int64[1] s) => (float[N] y, float[P] z) { "
+        "y = Reshape(x, s) r = Relu(x) z = Reshape(r, s) }",
+    )
     save(
         folder / "shape.onnx",
         "g (float[n] x, int64[1] s) => (float[m] y, int64[1] t) { y = Reshape(x, s) t = Shape(x) }",
@@ -478,6 +609,20 @@ seen["said"] = [
     said(lambda: run.buffer([2**40], "float32")),
     said(mine.view),
 ]
+
+steps = (ctypes.c_int64 * 2)(1, 2)
+class Turned(Tensor):
+    def __dlpack__(self, *, stream=None):
+        capsule = super().__dlpack__(stream=stream)
+        tensor = dlpack._tensor(capsule)
+        tensor.strides = steps
+        return capsule
+
+square = Turned(run.buffer([2, 2], "float32"))
+seen["turned"] = [
+    said(lambda: run.buffer([2, 2], "float32", where).copy_from(square))
+    for where in ("cuda:0", "cpu", "pinned")
+]
 print(json.dumps(seen))
 """,
         graphs,
@@ -503,6 +648,50 @@ print(json.dumps(seen))
         "UsageError: a buffer on cuda:0 is not in the host's memory",
     ]
     assert [text[: len(w)] for text, w in zip(seen["said"], wanted, strict=True)] == wanted
+    for text in seen["turned"]:
+        assert "a tensor on cuda:0 that is not contiguous, of the strides [1, 2]" in text
+        assert "tensor.contiguous()" in text
+
+
+def test_on_a_second_gpu_the_device_of_the_thread_stays_as_it_was(graphs):
+    seen = on_null_gpu(
+        GPU
+        + """
+run = session("copy", provider_options={"cuda": {"device_id": 1}})
+buffer, library, calls = run.buffer([4], "float32"), run._residence.memory.cuda._library, []
+def current():
+    index = ctypes.c_int(-1)
+    library.cudaGetDevice(ctypes.byref(index))
+    return index.value
+
+class Spy:  # the library, which notes on which device each call is made
+    def __getattr__(self, name):
+        if name not in ("cudaGetDevice", "cudaSetDevice"):
+            calls.append((name, current()))
+        return getattr(library, name)
+
+def work():
+    before = current()
+    buffer.copy_from(X)
+    run._residence.memory.cuda.order(None, 1)
+    run.buffer([4], "float32", "pinned")
+    values.append([before, buffer.numpy().tolist(), current()])
+
+run._residence.memory.cuda._library, values = Spy(), []
+library.cudaSetDevice(0)
+work()
+thread = threading.Thread(target=work)  # which has chosen no device yet
+thread.start()
+thread.join()
+seen = {"values": values, "calls": sorted({n for n, _ in calls}), "on": [d for _, d in calls]}
+print(json.dumps(seen))
+""",
+        graphs,
+        env={"NULL_GPU_DEVICES": "2"},
+    )
+    assert seen["values"] == [[0, [0, 1, 2, 3], 0]] * 2
+    assert {"cudaEventRecord", "cudaHostAlloc", "cudaMemcpyAsync"} < set(seen["calls"])
+    assert set(seen["on"]) == {1}
 
 
 def test_on_the_callers_stream_a_run_only_enqueues(graphs):
@@ -540,7 +729,7 @@ print(json.dumps(seen))
     assert seen["asked"] == [0x5550] * 3
     assert seen["waits"] == []
     assert seen["21840"] == seen["-1"] == []
-    event = ["cudaSetDevice", "cudaEventCreateWithFlags", "cudaEventRecord", "cudaStreamWaitEvent"]
+    event = ["cudaEventCreateWithFlags", "cudaEventRecord", "cudaStreamWaitEvent"]
     assert seen["30576"] == [*event, "cudaEventDestroy", 0x7770]
     assert seen["None"] == [*event, "cudaEventDestroy", 1]
     assert seen["copy"] == [0x5550]
@@ -604,6 +793,24 @@ for size in ([4], [-1], [4]):  # read by the host once, at the capture: a graph 
     shape.input("s", np.array(size))
     results.append(shape.run()["y"])
 seen["frozen"] = [results[1] is results[0], results[2] is results[0]]
+
+two = session("two", cuda_graph=True).bind()  # no input tells the sizes of its outputs
+for size in (4, 2, 4):
+    two.input("x", X[:size])
+    two.input("s", np.array([size]))
+    out = two.run()
+    seen.setdefault("two", []).append([out["y"].shape, out["z"].shape])
+
+relu = session("relu", cuda_graph=True).bind()
+relu.input("x", X)
+out = relu.run()["y"]
+waits, real = [], relu._io.synchronize_inputs
+relu._io.synchronize_inputs = lambda: (waits.append(1), real())
+relu.run()
+seen["waits"] = [len(waits)]
+handed = out.__dlpack__()  # someone else may be reading what the next run overwrites
+relu.run()
+seen["waits"].append(len(waits))
 print(json.dumps(seen))
 """,
         graphs,
@@ -625,6 +832,8 @@ print(json.dumps(seen))
     assert "captured in another thread" in seen["thread"]
     assert "has captured 16 CUDA graphs" in seen["many"]
     assert seen["frozen"] == [False, True]
+    assert seen["two"] == [[[4], [4]], [[2], [2]], [[4], [4]]]
+    assert seen["waits"] == [0, 1]
 
 
 def test_what_cannot_be_captured_is_named():

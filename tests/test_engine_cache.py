@@ -130,6 +130,42 @@ def test_builds_at_the_same_time_wait_for_each_other(entry):
     assert entry.check() is not None
 
 
+def test_who_has_waited_for_the_same_engines_builds_none(entry):
+    built, start = [], threading.Barrier(3)
+
+    def one(number: int) -> None:
+        start.wait()
+        with entry.build(rebuild=False) as folder:
+            if folder is not None:
+                built.append(number)
+                (folder / "one.engine").write_bytes(b"x")
+
+    threads = [threading.Thread(target=one, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1
+    cut(entry.folder)  # damaged ones are no reason to do nothing
+    one_more = entry.build(rebuild=False)
+    with one_more as folder:
+        assert folder is not None
+        (folder / "one.engine").write_bytes(b"x")
+    assert entry.check() is not None
+
+
+def test_without_locks_nobody_removes_what_another_builds(entry, monkeypatch):
+    def flock(*_: object) -> None:
+        raise OSError("no locks here")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    other = entry.cache / f".{entry.key}.0123abcd"
+    other.mkdir(parents=True)
+    build(entry)
+    assert other.exists()
+    assert entry.check() is not None
+
+
 def test_measured_kernels_are_shared_by_builds_on_one_machine(entry):
     with entry.build() as folder:
         (folder / "timing" / "sm90.timing").write_bytes(b"first")
@@ -307,4 +343,7 @@ def test_the_hash_of_a_bare_model_sees_its_weights(tmp_path):
     assert model_sha256(model, None) != bare
     assert model_sha256(model, read_manifest(folder)) == listed  # its files are checked elsewhere
     model.write_bytes(model.read_bytes() + b"\0\0")
+    assert model_sha256(model, None) != bare
+    assert model_sha256(model, read_manifest(folder)) != listed  # the graph is always read
+    model.write_bytes(b"")
     assert model_sha256(model, None) != bare

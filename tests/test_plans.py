@@ -191,11 +191,22 @@ def test_cuda_graphs_and_the_users_options_that_win():
     assert plan.options["gpu_mem_limit"] == "1000"
 
 
-def test_weight_kernels_only_where_the_graph_has_their_operator():
+@pytest.mark.parametrize(
+    ("value", "on"),
+    [("1", True), ("True", True), ("true", True), ("0", False), ("False", False), ("", False)],
+)
+def test_graphs_are_on_in_every_spelling_of_true(value, on):
+    given = {"enable_cuda_graph": value}
+    plan = plans.plan("cuda", specs=ENCODER, model=MODEL, manifest=manifest(), given=given)
+    assert plan.graph_option is on
+
+
+def test_weight_kernels_only_where_the_graph_has_their_operator(tmp_path):
     four_bits = manifest("cuda", ops={"com.microsoft::MatMulNBits": 7, "Add": 1})
     plan = plans.plan("cuda", specs=ENCODER, model=MODEL, manifest=four_bits)
     assert plan.config == {"ep.cuda.fpa_intb_gemm": "1"}
-    assert "fpa" not in str(plans.plan("tensorrt", specs=(), model=MODEL, manifest=four_bits))
+    empty = {"manifest": four_bits, "cache": tmp_path / "no"}
+    assert "fpa" not in str(plans.plan("tensorrt", specs=(), model=MODEL, **empty))
 
 
 def test_tensorrt_has_profiles_and_no_precision(tmp_path):
@@ -311,6 +322,23 @@ def test_engines_are_found_by_what_they_depend_on(model, tmp_path):
     assert plan.model == model
     model.write_bytes(model.read_bytes() + b"\0\0")
     assert opened(model, cache).model == model
+
+
+def test_engines_of_another_graph_are_not_taken(model, tmp_path):
+    cache = tmp_path / "c"
+    built(model, cache, "one.engine")
+    assert opened(model, cache).model != model
+    assert opened(model, cache, graph={"optimize": "False"}).model == model
+    assert opened(model, cache, graph={"disabled_optimizers": "GemmSum"}).model == model
+
+
+def test_engines_are_for_the_gpu_that_was_asked_for(model, tmp_path, monkeypatch):
+    cards = {0: ("NVIDIA L4", "8.9"), 1: ("NVIDIA H200", "9.0")}
+    monkeypatch.setattr(plans, "card", cards.get)
+    for options, name in (({}, "L4"), ({"device_id": "1"}, "H200"), ({"device_id": "x"}, "L4")):
+        entry = plans.entry_of(model, None, options, tmp_path)
+        assert entry.machine["GPU"] == f"NVIDIA {name}"
+    assert plans.machine(7)["GPU"] == ""
 
 
 def test_a_place_of_the_users_own_is_left_to_the_user(model, tmp_path):

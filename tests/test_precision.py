@@ -156,7 +156,7 @@ def test_what_no_smoothing_mends_goes_back_to_float_and_no_layer_more(made, lab)
     others = [la["sensitivity"] for la in record(path)["layers"] if la not in kept]
     assert max(others) < 0.1 * min(la["sensitivity"] for la in kept)
     tried = lab("rare")
-    maker = candidates.int8(tried, [], "minmax", lambda _: None)
+    maker = candidates.int8(tried, [], "minmax", lambda _: None, tried.target)
     assert not tried.judge(maker.make(())).passed
     for layer in maker.layers:  # one in float is too few, whichever it is
         assert not tried.judge(maker.make([layer.name])).passed

@@ -466,3 +466,37 @@ def test_on_the_null_gpu(tmp_path):
         env={"ORT_ENABLE_CUDNN_FLASH_ATTENTION": "0"},
     )
     assert said == [[0, 1, [1, 2, 2, 1], ["cpu", "cuda:0"]]] * 4
+
+
+def test_captured_steps_serve_any_prompts_on_the_null_gpu(tmp_path):
+    """Prompts of many lengths leave room for the steps' graphs, and each thread has its own."""
+    said = on_null_gpu(
+        """
+        import json, sys, threading
+        import numpy as np
+        from onnxpress.runtime import Generator, Session
+        said = []
+        for path in sys.argv[1:]:
+            g = Generator(Session(path, provider="cuda", cuda_graph=True))
+            texts = [" ".join(["cat"] * n) for n in range(1, 21)]
+            alone = [len(g.generate_ids(*g_ids, max_new_tokens=6)[0]) for g_ids in (
+                (np.full((1, n), 5),) for n in range(1, 21))]
+            rows = [len(g.generate([t], max_new_tokens=6)) for t in texts]
+            got, errors, start = [], [], threading.Barrier(2)
+            def work():
+                start.wait()
+                try:
+                    for t in texts[:8]:
+                        got.append(len(g.generate([t, "a"], max_new_tokens=6)))
+                except Exception as e:
+                    errors.append(str(e))
+            threads = [threading.Thread(target=work) for _ in range(2)]
+            for t in threads: t.start()
+            for t in threads: t.join()
+            said.append([g.session.cuda_graph, alone, rows, got, errors])
+        print(json.dumps(said))
+        """,
+        *[artifact(tmp_path / str(t), "shared", token=t, dtype="float16") for t in (False, True)],
+        env={"ORT_ENABLE_CUDNN_FLASH_ATTENTION": "0"},
+    )
+    assert said == [[True, [6] * 20, [1] * 20, [2] * 16, []]] * 2

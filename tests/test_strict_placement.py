@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 from onnxpress import artifact, errors
 from onnxpress.cli import main
-from onnxpress.runtime import Session, attention_kernels, gpu, opening, providers
+from onnxpress.runtime import Session, attention_kernels, gpu, opening, plans, providers
 from onnxpress.runtime.graph_file import read_graph
 from onnxpress.runtime.opening import Model
 
@@ -115,6 +116,61 @@ def test_the_first_that_takes_every_node(add, monkeypatch):
 SHAPES = {"batch": (1, 1, 2), "seq": (1, 1, 2)}
 
 
+def test_a_provider_that_lacks_sizes_is_skipped(add, monkeypatch):
+    tried = fake_strict(monkeypatch, {})
+    session = Session(add, provider="tensorrt,coreml,cpu")
+    assert tried == ["coreml"]
+    (skipped,) = session.skipped
+    assert "an engine needs the least" in skipped.why
+    assert "--shapes" in skipped.hint
+    with pytest.raises(errors.UsageError, match="an engine needs the least"):  # asked alone
+        Session(add, provider="tensorrt")
+    with pytest.raises(errors.UsageError, match="do not rise"):
+        Session(add, provider="tensorrt,coreml", shapes={**SHAPES, "batch": (3, 2, 1)})
+
+
+def test_tensorrt_with_graphs_runs_by_bindings_alone(add, monkeypatch, tmp_path):
+    fake_strict(monkeypatch, {})
+    session = Session(
+        add, provider="tensorrt", shapes=SHAPES, cuda_graph=True, cache=tmp_path / "none"
+    )
+    feeds = {i.name: np.ones([1] * (i.rank - 1) + [4], i.dtype) for i in session.inputs}
+    for run in (session.run_unchecked, lambda _: session.bind(capture=False)):
+        with pytest.raises(errors.UsageError, match="captures every run") as e:
+            run(feeds)
+        assert "use bind()" in str(e.value.hint)
+    plain = Session(add, provider="tensorrt", shapes=SHAPES, cache=tmp_path / "none")
+    assert plain.bind(capture=False) is not None
+
+
+def test_what_shapes_the_graph_reaches_the_plan(add, monkeypatch):
+    seen, real = [], plans.plan
+    monkeypatch.setattr(
+        plans, "plan", lambda *a, **k: seen.append(dict(k["graph"])) or real(*a, **k)
+    )
+    Session(add)
+    Session(add, optimize=False, disabled_optimizers=["B", "A"])
+    assert seen == [{}, {"optimize": "False", "disabled_optimizers": "A B"}]
+
+
+def test_who_made_the_choice_is_in_the_hint(add):
+    target = {**artifact.read_manifest(add).target, "provider": "cuda"}
+    onnx_models.edit_manifest(add, target=target)
+    with pytest.raises(errors.ProviderError) as e:
+        Session(add)
+    assert str(e.value.hint).startswith("pip uninstall")
+    assert "or provider='cpu' (--provider cpu)" in str(e.value.hint)
+    with pytest.raises(errors.ProviderError) as e:
+        Session(add, provider="cuda")
+    assert "--provider cpu" not in str(e.value.hint)
+
+
+@pytest.mark.parametrize("options", [{"cpu": None}, {"cpu": ["threads"]}, ["cpu"], "cpu"])
+def test_options_that_are_none_are_refused(add, options):
+    with pytest.raises(errors.UsageError, match="options"):
+        Session(add, provider_options=options)
+
+
 def test_where_none_takes_it_each_says_why(add, monkeypatch):
     refused = {
         "cuda": errors.ProviderError("no kernel for Add", hint="press it"),
@@ -183,6 +239,37 @@ def test_out_of_memory_says_what_was_asked_what_is_free_and_the_knobs(
     assert "gpu_mem_limit" not in on_cpu.hint
 
 
+def test_a_node_whose_name_says_allocate_has_memory(add):
+    said = "Non-zero status code returned while running Gather node. Name:'/reallocate/Gather'"
+    told = Session(add)._model.failed_run(RuntimeError(said), ["cpu"])
+    assert isinstance(told, errors.InputError)
+
+
+# What went wrong, and whose it was
+
+
+def test_a_damaged_graph_is_told_as_such_on_every_provider(add):
+    model = Session(add)._model
+    for said in ("7 : INVALID_PROTOBUF : Load failed:Protobuf parsing failed.",
+                 "10 : INVALID_GRAPH : This is an invalid model."):  # fmt: skip
+        told = model.failed_open(RuntimeError(f"[ONNXRuntimeError] : {said}"), ["cuda"])
+        assert isinstance(told, errors.ArtifactError)
+        assert "copy the artifact again" in told.hint
+    told = model.failed_open(RuntimeError("[ONNXRuntimeError] : 1 : FAIL : a crash"), ["cuda"])
+    assert isinstance(told, errors.ProviderError)
+    assert "--target cuda" in told.hint
+
+
+@pytest.mark.parametrize("name", ["TensorrtExecutionProvider_TRTKernel_0", "OpenVINO-EP-subgraph"])
+def test_the_failure_of_an_engine_is_not_the_inputs(add, name):
+    said = RuntimeError(f"Non-zero status code returned while running x node. Name:'{name}' failed")
+    model = Session(add)._model
+    told = model.failed_run(said, ["tensorrt"])
+    assert type(told) is errors.ProviderError
+    assert "doctor" in told.hint
+    assert isinstance(model.failed_run(said, ["cpu"]), errors.InputError)
+
+
 # Attention kernels
 
 
@@ -200,19 +287,18 @@ Operator=Attention DataType=bf16 FLASH_ATTENTION=0 EFFICIENT_ATTENTION=1
     assert attention_kernels.attention_kernels("anywhere", "cpu") is None
 
 
-def test_feeds_of_a_shared_cache_agree_with_themselves():
-    spec = artifact.TensorSpec
-    feeds = attention_kernels.small_feeds(
-        [
-            spec("input_ids", "int64", ("batch", "sequence")),
-            spec("seqlens_k", "int32", ("batch",)),
-            spec("total_sequence_length", "int32", (1,)),
-            spec("past", "float16", ("batch", 2, "capacity", 4)),
-        ]
-    )
-    assert feeds["seqlens_k"].tolist() == [7]
-    assert feeds["total_sequence_length"].tolist() == [8]
-    assert feeds["past"].shape == (1, 2, 8, 4)
+def test_a_run_that_takes_too_long_is_told(add, monkeypatch):
+    monkeypatch.setattr(attention_kernels, "TIMEOUT", 0.01)
+    with pytest.raises(errors.ProviderError, match=r"took more than 0\.01 seconds"):
+        attention_kernels.attention_kernels(add, "cuda")
+
+
+def test_inspect_placement_of_what_any_provider_may_run(add):
+    target = {**artifact.read_manifest(add).target, "provider": "any"}
+    onnx_models.edit_manifest(add, target=target)
+    result = CliRunner().invoke(main, ["inspect", str(add), "--placement"])
+    assert result.exit_code == 0, result.output
+    assert "placement  CPUExecutionProvider: 2 nodes" in result.stdout
 
 
 def test_inspect_placement(add):
@@ -299,6 +385,53 @@ print(json.dumps({
     assert "branch" in said["loop"]["text"]
     assert said["captured"]["counts"] == {CUDA: 2}
     assert said["option"]["error"] == "UsageError"
+
+
+def test_counting_copies_is_a_choice_on_a_null_gpu(save, add, tmp_path):
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"nonsense")
+    said = on_null_gpu(
+        ASK
+        + """
+import numpy as np
+from onnxpress.runtime.opening import Model
+mixed, add, broken = sys.argv[1:]
+opened, real = [], Model.open
+def counted(self, *a, **k):
+    opened.append(k.get("save_as"))
+    if failure and k.get("save_as"):
+        raise RuntimeError(failure)
+    return real(self, *a, **k)
+Model.open, failure = counted, ""
+session = Session(mixed, provider="cuda", allow_fallback=True)
+elsewhere, cheap = len(session.elsewhere()), session.placement(copies=False).memcpy
+written = [bool(o) for o in opened]
+failure = "Unable to serialize model as it contains compiled nodes."
+compiled = session.placement().memcpy
+failure, session._placement = "CUDA error 2", None
+try:
+    session.placement()
+except errors.OnnxpressError as e:
+    full = e.what
+failure, session._placement = "", None
+by_text = Session(add, provider="cuda", provider_options={"cuda": {"enable_cuda_graph": "True"}})
+feeds = {i.name: np.ones([1] * (i.rank - 1) + [4], i.dtype) for i in by_text.inputs}
+for _ in range(3):
+    by_text.run(feeds)
+print(json.dumps([elsewhere, cheap, written, compiled, full, session.placement().memcpy,
+                  by_text.cuda_graph, ask(broken, provider="cuda")["error"]]))
+""",
+        save(MIXED),
+        add,
+        broken,
+    )
+    elsewhere, cheap, written, compiled, full, copies, captures, damaged = said
+    assert elsewhere > 0
+    assert (cheap, written, compiled) == (None, [False], None)
+    assert full.startswith("out of memory")
+    assert copies == 0
+    assert captures
+    assert damaged == "ArtifactError"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,40 @@ def test_shared_caches_get_lengths_that_fit(directory):
     assert fed["past_key_values.0.key"].shape == (2, 2, 7, 4)
 
 
+def test_without_a_manifest_lengths_still_fit():
+    session = Shared(None)
+    feeds = warmup.feeds_of(session, {"batch": 1, "sequence": 8})  # type: ignore[arg-type]
+    assert feeds["seqlens_k"].tolist() == [7]
+    assert feeds["total_sequence_length"].tolist() == [8]
+    assert feeds["past_key_values.0.key"].shape == (1, 2, 8, 4)
+
+
+def test_what_any_provider_may_run_is_warmed_on_the_cpu(varying):
+    target = {**read_manifest(varying).target, "provider": "any"}
+    onnx_models.edit_manifest(varying, target=target)
+    assert warmup.warmup(varying)["provider"] == "cpu"
+
+
+@pytest.mark.parametrize(("provider", "points"), [("tensorrt", [3]), ("cuda", [1, 3, 5])])
+def test_tensorrt_captures_the_best_sizes_alone(varying, provider, points):
+    """It holds one graph a session, and refuses the second."""
+
+    class Bound:
+        inputs, manifest = Session(varying).inputs, None
+
+        def bind(self) -> Bound:
+            return self
+
+        def input(self, name: str, value: np.ndarray) -> None: ...
+
+        def run(self) -> None: ...
+
+    session: Any = Bound()
+    session.provider = provider
+    runs = warmup.warm(session, shapes=SHAPES, cuda_graph=True)
+    assert [r["sizes"]["sequence"] for r in runs] == points
+
+
 # Refusals -------------------------------------------------------------------------------------
 
 
@@ -195,6 +230,22 @@ def test_engines_are_built_sealed_and_opened(varying, tmp_path, engines):
     assert again["build_seconds"] is None
     assert again["cache"] == found["cache"]
     assert warmup.warmup(varying, rebuild=True, **options)["build_seconds"] is not None
+
+
+def test_warmups_at_the_same_time_build_once(varying, tmp_path, engines, monkeypatch):
+    options = {"provider": "tensorrt", "shapes": SHAPES, "cache": tmp_path / "c"}
+    start, found = threading.Barrier(3), []
+    monkeypatch.setattr(warmup, "_whole", lambda *_: start.wait() < 0)  # all see an empty cache
+    threads = [
+        threading.Thread(target=lambda: found.append(warmup.warmup(varying, **options)))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum("trt_dump_ep_context_model" in plan.options for plan in engines.opened) == 1
+    assert sorted(one["build_seconds"] is None for one in found) == [False, True, True]
 
 
 def test_damaged_engines_are_built_anew(varying, tmp_path, engines):
