@@ -47,7 +47,7 @@ def numerics(place: Place, report: Report) -> None:
         if wanted and place.store.recipe(model, "cpu-fp32")["kind"] == "encoder":
             report.do(f"{model} torch", lambda: torch_bert(place, model, wanted[1]))  # noqa: B023
         for variant in VARIANTS:
-            if wanted:
+            if wanted and place.store.has(model, variant):
                 report.do(
                     f"{model} {variant}",
                     lambda: encoder(place, model, variant, wanted),  # noqa: B023

@@ -40,9 +40,8 @@ from onnxpress.optimizers.precision.convert_floats import ConvertFloats
 from onnxpress.press.record import kv_of, target_of
 from torch import nn
 
-DATA = "model.onnx.data"
+DATA, ALIGNMENT = "model.onnx.data", 4096
 HELD = 20_000  # elements; larger parameters take no memory where there is a twin
-ALIGNMENT = 4096
 
 LLAMA_SMALL = decoder.DecoderConfig(
     vocab_size=4096, dim=512, n_layer=4, n_head=8, n_kv_head=2, head_dim=64, ffn_dim=1408,
@@ -74,7 +73,7 @@ def plans(*, tiny: bool = False) -> dict[str, Plan]:
         bert = replace(encoder.SIZES["tiny"], n_layer=1)
         llama = replace(decoder.SIZES["tiny"], n_layer=1, max_positions=128)
         return {
-            "minilm": Plan("encoder", bert),
+            "minilm": Plan("encoder", bert, EVERY[:3]),
             "llama-small": Plan("decoder", llama),
             "llama-1b": Plan("decoder", replace(llama, dim=128, ffn_dim=192, tie_embeddings=True),
                              ("cuda-fp16",), twin=replace(llama, tie_embeddings=True)),
@@ -367,7 +366,8 @@ def _write(
     config = plan.config if isinstance(plan.config, dict) else asdict(plan.config)
     target = TARGETS[which.split("-")[0]]
     recipe = {
-        "kind": plan.kind, "config": config, "kv": kv_of(real.kv, model), "bytes": at, "parameters": shapes,
+        "kind": plan.kind, "config": config, "kv": kv_of(real.kv, model), "bytes": at,
+        "parameters": shapes,
         "disabled_optimizers": list(target.disabled_optimizers), "weights": weights,
     }  # fmt: skip
     (folder / "recipe.json").write_text(json.dumps(recipe, separators=(",", ":")))

@@ -103,7 +103,11 @@ def random_feeds(
                 where=str(spec),
                 hint=f"dims={{{str(unknown[0])!r}: 8, ...}}",
             )
-        kind = "O" if spec.dtype in ("object", "bfloat16") else np.dtype(spec.dtype).kind
+        kind = (
+            "O"
+            if spec.dtype in ("object", "bfloat16", "tensor(bfloat16)")
+            else np.dtype(spec.dtype).kind
+        )
         bound = (high or {}).get(spec.name, 2 if spec.name == "token_type_ids" else 100)
         value: Array
         if "mask" in spec.name:

@@ -333,7 +333,7 @@ print(json.dumps([[refusal(f), refusal(f, cuda_graph=True)] for f in files]))"""
         assert "cannot be captured as a CUDA graph" in both[1][1]
     plain, captures = (dict(zip(graphs, (b[i][1] for b in found), strict=True)) for i in (0, 1))
     assert "GroupQueryAttention 'grouped' (float32, int32), no kernel for it" in plain["grouped"]
-    assert "MatMulInteger 'integers' (uint8, int32), no kernel for it there" in plain["static"]
+    assert "MatMulInteger 'integers' (uint8" in plain["static"]
     assert (
         "DynamicQuantizeLinear 'node_DynamicQuantizeLinear_0' (float32, uint8)" in plain["dynamic"]
     )
