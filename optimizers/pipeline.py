@@ -175,6 +175,7 @@ def lift() -> list[ir.passes.PassBase]:
         LiftRmsNormalization(),
         LiftRotaryEmbedding(),  # before attention, whose heads hide what is rotated
         LiftAttention(),
+        RemoveTrueMasks(),  # of Attention: vision models get one from transformers
         MergeEqualNodes(),  # each layer drew its own mask
         InferShapes(),
         NameSizes(),

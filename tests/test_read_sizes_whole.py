@@ -200,6 +200,12 @@ def test_a_size_that_data_is_computed_with(case):
     read(graph(f"f0 = Sign(a)  x = Cast<to=7>(f0)  {body}", "int64[p, q] y"), hits)
 
 
+def test_a_number_keeps_its_rank():
+    body = "y = Cast<to=1>(m)  z = Cast<to=1>(m0)"
+    after = read(graph(body, "float[p] y", "float z"), 2)
+    assert [x.shape for x in run(after, 2, 3, 4)] == [(1,), ()]
+
+
 def test_a_size_in_two_places_is_one_line_of_ones():
     body = """t = Concat<axis=0>(k, m, n) y = Expand(number, t)  r = Range(zero, m0, one)
         c0 = Cast<to=1>(r)  z = Add(c0, a)"""
@@ -211,6 +217,8 @@ def test_a_size_in_two_places_is_one_line_of_ones():
 # What is left alone ---------------------------------------------------------------------------
 
 REFUSED = {
+    "one less": ("d = Add(m0, low) f = Cast<to=7>(a) x = Add(f, d) y = Cast<to=1>(x)",
+                 "has the size -1 + m"),
     "a product": ("s = Mul(n, m) t = Concat<axis=0>(k, s) y = Expand(number, t)",
                   "no tensor before it has the size m*n"),
     "a multiple": ("s = Add(n, n) y = ConstantOfShape(s)", "has the size 2*n"),

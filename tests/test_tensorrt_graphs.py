@@ -28,7 +28,7 @@ from onnxpress.runtime.measure import random_feeds
 from . import int8_models
 from .test_gpu_placement import LAYERS, captured, lowered, ops
 
-NAMES = ("bert", "vit", "llama", "t5", "translate", "encoder-tiny")
+NAMES = ("bert", "vit", "llama", "translate", "encoder-tiny")
 HALVES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 CASES = list(itertools.product(NAMES, ("fp32", *HALVES, "int8")))
 ATTENTIONS = {"translate": 3 * LAYERS}  # of all others, one a layer

@@ -13,6 +13,8 @@ from ..outcome import Outcome, too_old
 from ..read import constant, producer, rank
 from .iota import Iota, is_zero, length_of, read_iota
 
+MASK = 3  # index of attn_mask among the inputs of Attention
+
 
 class RemoveTrueMasks(ir.passes.InPlacePass):
     """Remove And with what is true throughout; an Expand keeps the shape where it is needed.
@@ -25,16 +27,25 @@ class RemoveTrueMasks(ir.passes.InPlacePass):
     y = Expand(mask, [length, 1])
     ```
 
-    transformers writes it for every mask that is not causal.
+    transformers writes it for every mask that is not causal. A mask of Attention that is a constant
+    and true throughout, however it is stretched, goes altogether: kernels are faster without one.
+    (At opset 24 a mask that is shorter than the keys is padded with what hides them: it stays.)
     """
 
     def call(self, model: ir.Model) -> Outcome:
-        """Visit every And."""
+        """Visit every And, and every Attention."""
         if (old := too_old(model, 15, "masks are read")) is not None:
             return old
         hits = 0
         for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
-            if node.op_type != "And" or node.domain != "":
+            if node.domain != "":
+                continue
+            if node.op_type == "Attention" and len(node.inputs) > MASK:
+                if model.opset_imports[""] < 24 and _is_true(node.inputs[MASK]):
+                    node.replace_input_with(MASK, None)
+                    hits += 1
+                continue
+            if node.op_type != "And":
                 continue
             for truth, mask in (node.inputs, reversed(node.inputs)):
                 if mask is not None and truth is not None and _remove(node, truth, mask):
@@ -44,6 +55,15 @@ class RemoveTrueMasks(ir.passes.InPlacePass):
             common.RemoveUnusedNodesPass()(model)
             common.NameFixPass()(model)
         return Outcome(model, bool(hits), hits=hits)
+
+
+def _is_true(mask: ir.Value | None, depth: int = 8) -> bool:
+    """Whether a mask is a constant of bools that are all true, however it is stretched."""
+    node = producer(mask, "Expand", "Identity", "Reshape", "Transpose", "Unsqueeze")
+    if node is not None and depth:
+        return _is_true(node.inputs[0], depth - 1)
+    array = constant(mask)
+    return array is not None and array.dtype == np.bool_ and bool(array.all())
 
 
 def _remove(node: ir.Node, truth: ir.Value, mask: ir.Value) -> bool:
